@@ -1,0 +1,123 @@
+"""Frechet Inception distance (Heusel et al., 2017) between image folders, by clean-fid (Parmar et al., 2022).
+
+The embedded models are judged by a small digit classifier instead of the Inception network, through
+clean-fid's own hook for another feature extractor.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from cleanfid import features as clean_features
+from cleanfid import fid as clean_fid
+from cleanfid.utils import EXTENSIONS
+
+from errors import InputError
+from quant.storage import atomic_write
+
+
+class InceptionFeatures:
+    """clean-fid's Inception network: 2,048 features of an image."""
+
+    name = "inception"
+    resize = None  # clean-fid's own, to 299 x 299
+
+    def __init__(self, device):
+        try:
+            self.model = clean_features.build_feature_extractor("clean", device, use_dataparallel=False)
+        except (OSError, RuntimeError) as reason:
+            raise InputError(
+                "the Inception weights for FID are not at /tmp/inception-2015-12-05.pt and cannot be downloaded "
+                f"({reason}); put the file there, or try `--model_id embedded`, which needs no download"
+            ) from None
+
+
+class DigitFeatures:
+    """The embedded digit classifier's 64 features of an image."""
+
+    name = "digits"
+
+    def __init__(self, device):
+        from models.embedded.classifier import load_classifier
+
+        classifier = load_classifier(device)
+        self.model = lambda batch: classifier.features(batch / 255)
+
+    @staticmethod
+    def resize(image):
+        return np.asarray(image, dtype=np.float32)
+
+
+def folder_features(folder, extractor, device, batch_size=64):
+    """Features [N, F] of the images below `folder`, in sorted order."""
+    return clean_fid.get_files_features(
+        image_files(folder),
+        extractor.model,
+        num_workers=0,
+        batch_size=batch_size,
+        device=device,
+        custom_fn_resize=extractor.resize,
+        verbose=False,
+    )
+
+
+def image_files(folder):
+    """The image files below `folder`, sorted; InputError if there are none."""
+    files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix[1:].lower() in EXTENSIONS)
+    if not files:
+        what = "holds no images" if Path(folder).is_dir() else "no such folder"
+        raise InputError(f"{folder}: {what}; reference folders are named in constants.py or by --reference")
+    return files
+
+
+def statistics(features):
+    """Mean [F] and covariance [F, F] of features [N, F]."""
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def distance(features, reference):
+    """FID between features [N, F] and the reference's (mean, covariance)."""
+    return float(clean_fid.frechet_distance(*statistics(features), *reference))
+
+
+def reference_statistics(folder, extractor, device):
+    """Statistics of a reference folder, computed once and cached by extractor, file names, sizes and times."""
+    path = cache_folder() / "fid" / f"{_folder_key(folder, extractor)}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["mean"], stored["covariance"]
+    mean, covariance = statistics(folder_features(folder, extractor, device))
+    with atomic_write(path) as file:
+        np.savez(file, mean=mean, covariance=covariance)
+    return mean, covariance
+
+
+def cache_folder():
+    """Where computed things are kept between runs: $QUA2SEDIMO_CACHE, or ~/.cache/qua2sedimo."""
+    return Path(os.environ.get("QUA2SEDIMO_CACHE", Path.home() / ".cache" / "qua2sedimo"))
+
+
+def digit_reference_folder():
+    """A folder with the real digits as PNG files, drawn on first use."""
+    from models.embedded.digits import reference_pictures
+
+    pictures = reference_pictures()
+    digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
+    folder = cache_folder() / f"digits-{digest}"
+    if not (folder / "complete").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        from evaluation.images import save_png
+
+        for index, picture in enumerate(pictures):
+            save_png(picture, folder / f"{index:04d}.png")
+        (folder / "complete").touch()
+    return folder
+
+
+def _folder_key(folder, extractor):
+    digest = hashlib.sha256(extractor.name.encode())
+    for file in image_files(folder):
+        info = os.stat(file)
+        digest.update(f"{os.path.relpath(file, folder)} {info.st_size} {info.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]

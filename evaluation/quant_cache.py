@@ -1,0 +1,28 @@
+"""Labelled configurations: the list of rows in `quant_cache.pkl` that predictors learn from."""
+
+from pathlib import Path
+
+from errors import InputError
+from quant.storage import load_pickle, save_pickle
+
+KEYS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops", "config")
+
+
+def load(path):
+    """The rows in `path`, none if it does not exist."""
+    if not Path(path).exists():
+        return []
+    rows = load_pickle(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEYS) <= row.keys() for row in rows):
+        raise InputError(f"{path}: not a list of labelled configurations; move it away to start anew")
+    return rows
+
+
+def save(rows, path):
+    """Write all rows, with exactly the published keys, in place of the old file or not at all."""
+    save_pickle([{key: row[key] for key in KEYS} for row in rows], path)
+
+
+def best(rows):
+    """The row with the lowest FID."""
+    return min(rows, key=lambda row: row["FID-GT-1k"])

@@ -1,0 +1,155 @@
+"""A quantization configuration: {key: method} for every weight slot of a denoiser."""
+
+import numpy as np
+
+from errors import InputError
+from models.layers import free_keys
+from quant.methods import BITS, METHODS, fp_size_bytes, quantized_size_bytes
+from quant.storage import load_pickle, save_pickle
+
+ALGORITHMS = tuple(dict.fromkeys(method.algorithm for method in METHODS.values()))
+UNIFORM = "uniform:"
+
+
+def draw_random(slots, seed, index, a_l=0.0, a_u=1.0):
+    """Random configuration number `index` of the run `seed`; depends on nothing else.
+
+    The share of 3-bit weights p is uniform in [a_l, a_u]; each slot is 3-bit with probability p and
+    takes one of the three algorithms at random. Paper: Section 4, "sampling".
+    """
+    rng = np.random.default_rng([seed, index])
+    keys = free_keys(slots)
+    share = rng.uniform(a_l, a_u)
+    bits = np.where(rng.random(len(keys)) < share, min(BITS), max(BITS))
+    algorithms = rng.integers(len(ALGORITHMS), size=len(keys))
+    chosen = {key: f"{ALGORITHMS[a]}-{b}" for key, a, b in zip(keys, algorithms, bits, strict=True)}
+    return expand_ties(chosen, slots)
+
+
+def uniform(slots, method):
+    """The configuration in which every slot takes `method`."""
+    return dict.fromkeys(slots, method)
+
+
+def expand_ties(configuration, slots):
+    """The configuration with each tied slot that it leaves out taking its tie's method."""
+    expanded = dict(configuration)
+    by_tie = {slots[key].tie: method for key, method in configuration.items() if key in slots}
+    for key, slot in slots.items():
+        if key not in expanded and slot.tie in by_tie:
+            expanded[key] = by_tie[slot.tie]
+    return {key: expanded.pop(key) for key in slots if key in expanded} | expanded
+
+
+def check(configuration, slots, name="configuration"):
+    """Raise InputError, naming the key, unless every slot has a known method and ties agree."""
+    unknown = [key for key in configuration if key not in slots]
+    if unknown:
+        raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+    missing = [key for key in slots if key not in configuration]
+    if missing:
+        raise InputError(f"{name}: {len(missing)} of {len(slots)} keys are missing, first {missing[0]}")
+    for key, method in configuration.items():
+        if method not in METHODS:
+            raise InputError(f"{name}: unknown method {method!r} for {key}; known are {', '.join(METHODS)}")
+    for key, slot in slots.items():
+        if configuration[key] != configuration[slot.tie]:
+            raise InputError(
+                f"{name}: {key} is {configuration[key]}, but it shares the weights of {slot.tie}, "
+                f"which is {configuration[slot.tie]}"
+            )
+
+
+def load(spec, slots):
+    """The checked configuration that `spec` names.
+
+    `spec` is a file `name.pkl` holding {key: method}; a row of labelled results, `quant_cache.pkl:best`
+    (lowest FID) or `quant_cache.pkl:3` (the third); or `uniform:kmeans-4`.
+    """
+    spec = str(spec)
+    if spec.startswith(UNIFORM):
+        configuration = uniform(slots, spec.removeprefix(UNIFORM))
+    else:
+        configuration = expand_ties(_from_file(spec), slots)
+    check(configuration, slots, spec)
+    return configuration
+
+
+def save(configuration, path):
+    save_pickle(configuration, path)
+
+
+def _from_file(spec):
+    path, _, row = spec.rpartition(":")
+    if not path.endswith(".pkl"):
+        path, row = spec, None
+    content = load_pickle(path)
+    if isinstance(content, list):
+        content = _pick_row(content, path, row)
+    elif row is not None:
+        raise InputError(f"{spec}: {path} holds one configuration, not labelled rows; leave out :{row}")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: not a configuration {{key: method}}")
+    # In a row of labelled results each value is [method, FP bytes, quantized bytes, error].
+    return {key: value[0] if isinstance(value, list) and value else value for key, value in content.items()}
+
+
+def _pick_row(rows, path, row):
+    if not rows or not all(isinstance(r, dict) and "config" in r and "FID-GT-1k" in r for r in rows):
+        raise InputError(f"{path}: not a list of labelled configurations")
+    if row is None:
+        raise InputError(f"{path}: holds {len(rows)} labelled configurations; add :best or :<number> to choose one")
+    if row == "best":
+        return min(rows, key=lambda r: r["FID-GT-1k"])["config"]
+    if not row.isdigit() or not 1 <= int(row) <= len(rows):
+        raise InputError(f"{path}:{row}: no such row; it has rows 1 to {len(rows)}, and :best")
+    return rows[int(row) - 1]["config"]
+
+
+def apply(configuration, layers, slots, entries):
+    """Put the quantized weights of a checked configuration into `layers`; unchanged layers are not touched."""
+    for key, layer in layers.items():
+        if layer.method != configuration[key]:
+            layer.set_method(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
+
+
+def restore(layers):
+    """Put the float weights back."""
+    for layer in layers.values():
+        if layer.method is not None:
+            layer.set_method(None)
+
+
+def pack(configuration, layers, slots, entries):
+    """Turn the layers, quantized by `apply`, into their packed low-bit form."""
+    for key, layer in layers.items():
+        layer.pack(entries[slots[key].tie]["parameters"][configuration[key]])
+
+
+def describe(configuration, slots, entries, precision_bits):
+    """{key: [method, FP bytes, quantized bytes with overhead, error]}, as labelled results hold it."""
+    return {
+        key: [
+            method,
+            fp_size_bytes(slots[key].shape, precision_bits),
+            quantized_size_bytes(method, slots[key].shape, precision_bits),
+            entries[slots[key].tie]["errors"][method],
+        ]
+        for key, method in configuration.items()
+    }
+
+
+def describe_full_precision(slots, precision_bits):
+    """The same of the float weights: no method, no error."""
+    sizes = {key: fp_size_bytes(slot.shape, precision_bits) for key, slot in slots.items()}
+    return {key: [None, size, size, 0.0] for key, size in sizes.items()}
+
+
+def quantized_size(description):
+    """Bytes of all quantized weights of a `describe`d configuration."""
+    return sum(row[2] for row in description.values())
+
+
+def avg_bits(description, precision_bits):
+    """P x quantized bytes / FP bytes."""
+    return precision_bits * quantized_size(description) / sum(row[1] for row in description.values())

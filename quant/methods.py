@@ -1,0 +1,118 @@
+"""The table of the six weight quantizers: {UAQ, K-Means-C, K-Means-A} at 4 and 3 bits.
+
+What a quantizer needs beside the weights is its *parameters*: a dict of tensors, kept in the
+weights' own precision. Codes and quantized weights are always recomputed from the float weights
+and the parameters, so applying a method twice, or after any other, gives the same weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quant import kmeans, uaq
+
+
+@dataclass(frozen=True)
+class Method:
+    """One quantizer; `name` is its word on disk (`mse-4`), `label` the paper's."""
+
+    algorithm: str  # mse, kmeans or kmeans_all
+    bits: int
+
+    @property
+    def name(self):
+        return f"{self.algorithm}-{self.bits}"
+
+    @property
+    def label(self):
+        return f"{ALGORITHM_LABELS[self.algorithm]} {self.bits}-bit"
+
+
+ALGORITHM_LABELS = {"mse": "UAQ", "kmeans": "K-Means-C", "kmeans_all": "K-Means-A"}
+BITS = (4, 3)
+METHODS = {m.name: m for m in (Method(algorithm, b) for algorithm in ALGORITHM_LABELS for b in BITS)}
+
+
+def fit(weight):
+    """Parameters of all six methods for `weight` [C, ...]: {name: {parameter: tensor}}."""
+    per_channel, whole = kmeans.fit_per_channel(weight, BITS), kmeans.fit_whole(weight, BITS)
+    parameters = {}
+    for method in METHODS.values():
+        if method.algorithm == "mse":
+            scale, zero_point = uaq.fit(weight, method.bits)
+            parameters[method.name] = {"scale": storable_scale(scale, weight.dtype), "zero_point": whole_numbers(zero_point)}
+        else:
+            centroids = (per_channel if method.algorithm == "kmeans" else whole)[method.bits]
+            parameters[method.name] = {"centroids": centroids.to(weight.dtype)}
+    return parameters
+
+
+def storable_scale(scale, dtype):
+    """The scale in the weights' precision; one too small for it becomes its smallest number, not 0."""
+    rounded = scale.to(dtype)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return torch.where(rounded > 0, rounded, smallest)
+
+
+def whole_numbers(zero_point):
+    """Zero points as the smallest integer type that holds them: 0 ... 2^b - 1 where weights straddle 0."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if zero_point.abs().max() <= torch.iinfo(dtype).max:
+            return zero_point.to(dtype)
+    return zero_point.clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+
+
+def quantize(name, weight, parameters):
+    """Codes (uint8, shape of `weight`) under the method `name`."""
+    if METHODS[name].algorithm == "mse":
+        codes = uaq.quantize(weight, parameters["scale"], parameters["zero_point"], METHODS[name].bits)
+        return codes.to(torch.uint8)
+    if "boundaries" in parameters:
+        return kmeans.assign_by_boundaries(weight, parameters["boundaries"])
+    return kmeans.assign(weight, parameters["centroids"])
+
+
+def dequantize(name, codes, parameters):
+    """Weights, in the parameters' precision, that the codes stand for."""
+    if METHODS[name].algorithm == "mse":
+        return uaq.dequantize(codes, parameters["scale"], parameters["zero_point"])
+    return kmeans.dequantize(codes, parameters["centroids"])
+
+
+def codebook(name, parameters):
+    """The weights that each code stands for: [C, 2^b], or [1, 2^b] for K-Means-A."""
+    if METHODS[name].algorithm == "mse":
+        codes = torch.arange(2 ** METHODS[name].bits, device=parameters["scale"].device)
+        return uaq.dequantize(codes.repeat(len(parameters["scale"]), 1), parameters["scale"], parameters["zero_point"])
+    return torch.atleast_2d(parameters["centroids"])
+
+
+def apply(name, weight, parameters):
+    """`weight` [C, ...] as the method `name` represents it, in the precision of `weight`."""
+    return dequantize(name, quantize(name, weight, parameters), parameters)
+
+
+def error(weight, quantized):
+    """Quantization error of a slot: sum over output channels of the channel's mean |w - w'|^2.4."""
+    return uaq.mean_error(weight, quantized).double().sum().item()
+
+
+def fp_size_bytes(shape, precision_bits):
+    """Size of the float weight."""
+    return _numel(shape) * precision_bits // 8
+
+
+def quantized_size_bytes(name, shape, precision_bits):
+    """Size of the codes and of what decodes them; `precision_bits` is the float weights' own.
+
+    Overhead: UAQ a scale and a zero point per output channel, K-Means-C 2^b centroids per output
+    channel, K-Means-A 2^b centroids.
+    """
+    method, channels = METHODS[name], shape[0]
+    numbers = {"mse": 2 * channels, "kmeans": 2**method.bits * channels, "kmeans_all": 2**method.bits}
+    overhead_bits = numbers[method.algorithm] * precision_bits
+    return _numel(shape) * method.bits // 8 + overhead_bits // 8
+
+
+def _numel(shape):
+    return torch.Size(shape).numel()

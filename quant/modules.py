@@ -1,0 +1,112 @@
+"""What stands in the denoiser in place of a float layer: the same layer, its weight quantized.
+
+Each layer keeps its float original, in the family's precision, and the method in force; a new
+method is always computed from the original, so any number of changes leaves no drift. `pack` turns
+a layer into its low-bit form: packed codes and a codebook, decoded when it runs, and no float weight.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import find_slots
+from quant import methods
+from quant.packing import pack_codes, unpack_codes
+
+
+class QuantLayer:
+    """What QuantLinear, QuantConv1d and QuantConv2d share; `wrap` makes one from a float layer."""
+
+    original: torch.Tensor  # float weight in the family's precision
+    method: str | None  # None: full precision
+
+    @classmethod
+    def wrap(cls, layer, precision):
+        """The quantizable form of `layer`, which shares its parameters, hooks and settings."""
+        wrapped = cls.__new__(cls)
+        wrapped.__dict__ = layer.__dict__
+        wrapped.original = layer.weight.detach().to(precision, copy=True)
+        wrapped.method = None
+        return wrapped
+
+    @torch.no_grad()
+    def set_method(self, name, parameters=None):
+        """Put the weight under the method `name`; None puts the float weight back."""
+        if name is None:
+            self.weight.copy_(self.original)
+        else:
+            on_device = {key: value.to(self.original.device) for key, value in parameters.items()}
+            self.weight.copy_(methods.apply(name, self.original, on_device))
+        self.method = name
+
+    @torch.no_grad()
+    def pack(self, parameters):
+        """Keep only packed codes and the codebook of the method in force; there is no way back."""
+        on_device = {key: value.to(self.original.device) for key, value in parameters.items()}
+        bits = methods.METHODS[self.method].bits
+        codes = methods.quantize(self.method, self.original, on_device)
+        codebook = methods.codebook(self.method, on_device)  # [C or 1, 2^bits]
+        self.packed_shape, self.packed_bits = codes.shape, bits
+        self.register_buffer("codes", pack_codes(codes, bits))
+        self.register_buffer("codebook", codebook)
+        del self.weight
+        del self.original
+
+    def effective_weight(self, dtype):
+        """The weight to compute with: as it stands, or decoded from the packed codes."""
+        if "codes" not in self._buffers:
+            return self.weight
+        rows = unpack_codes(self.codes, self.packed_bits, self.packed_shape.numel())
+        rows = rows.view(len(self.codebook), -1).long()
+        return self.codebook.gather(1, rows).view(self.packed_shape).to(dtype)
+
+    def _apply(self, fn, recurse=True):
+        """Follow the layer to another device, but keep the original's precision through any cast."""
+        super()._apply(fn, recurse)
+        if "codes" not in self._buffers:
+            self.original = self.original.to(self.weight.device)
+        return self
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.effective_weight(input.dtype), self.bias)
+
+
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    def forward(self, input):
+        return self._conv_forward(input, self.effective_weight(input.dtype), self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    def forward(self, input):
+        return self._conv_forward(input, self.effective_weight(input.dtype), self.bias)
+
+
+QUANT_CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
+
+
+def install(denoiser, family):
+    """Replace every weight layer of the denoiser in place; returns the layers {key: layer}.
+
+    The denoiser keeps its class and computes as before until a configuration is applied.
+    """
+    layers = {}
+    for key, slot in find_slots(denoiser, family).items():
+        layer = denoiser.get_submodule(slot.module_path)
+        if not isinstance(layer, QuantLayer):
+            layer = next(new for old, new in QUANT_CLASSES.items() if isinstance(layer, old)).wrap(layer, family.dtype)
+            parent, _, name = slot.module_path.rpartition(".")
+            setattr(denoiser.get_submodule(parent), name, layer)
+        layers[key] = layer
+    return layers
+
+
+def weight_bytes(denoiser):
+    """Bytes that the quantized layers' weights take in memory now (codes and codebooks once packed)."""
+    total = 0
+    for layer in denoiser.modules():
+        if isinstance(layer, QuantLayer):
+            held = [layer.codes, layer.codebook] if "codes" in layer._buffers else [layer.weight]
+            total += sum(tensor.nbytes for tensor in held)
+    return total

@@ -1,0 +1,134 @@
+"""The multiquantizer: all six quantizers of every weight of a denoiser, fitted once.
+
+The file holds scales, zero points and centroids, never quantized weights; codes are recomputed from
+the float weights. It is a plain dict that loads with `torch.load(weights_only=True)`:
+
+    format, version, family, precision_bits
+    slots: {key: {shape, fingerprint, errors: {method: float}, parameters: {method: {name: tensor}}}}
+
+Tied weights are stored once, under the key of the slot that they share. Paper: Section 3.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from errors import InputError
+from models.layers import find_slots, free_keys
+from quant import published
+from quant.entries import fingerprint, fit_entry
+from quant.storage import atomic_write, load_checkpoint
+
+FORMAT = "qua2sedimo multiquantizer"
+VERSION = 1
+CHECKPOINT_SECONDS = 20
+
+
+def slot_weight(denoiser, slot, family):
+    """The slot's float weight in the family's precision, which is what quantizers are fitted to."""
+    return denoiser.get_submodule(slot.module_path).weight.detach().to(family.dtype)
+
+
+def build(denoiser, family, path):
+    """Fit all slots and write `path`; a build that was cut off goes on where its last checkpoint stands."""
+    slots = find_slots(denoiser, family)
+    check_ties(denoiser, slots, family)
+    partial = Path(f"{path}.partial")
+    entries = _resume(partial, family)
+    keys = free_keys(slots)
+    saved = time.monotonic()
+    with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
+        for number, key in enumerate(keys, start=1):
+            progress.set_postfix_str(f"layer {number}/{len(keys)}")
+            weight = slot_weight(denoiser, slots[key], family)
+            if key not in entries or entries[key]["fingerprint"] != fingerprint(weight):
+                try:
+                    entries[key] = fit_entry(weight)
+                except ValueError as reason:
+                    raise InputError(f"{slots[key].module_path}: {reason}") from None
+            progress.update(weight.numel())
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save(entries, family, partial)
+                saved = time.monotonic()
+    entries = {key: entries[key] for key in keys}
+    save(entries, family, path)
+    partial.unlink(missing_ok=True)
+    return entries
+
+
+def check_ties(denoiser, slots, family):
+    """Raise InputError where weights that the family ties are not the same weights."""
+    for slot in slots.values():
+        if slot.tie != slot.key:
+            shared = slot_weight(denoiser, slots[slot.tie], family)
+            if not torch.equal(slot_weight(denoiser, slot, family), shared):
+                raise InputError(
+                    f"{slot.module_path}: its weights differ from {slots[slot.tie].module_path}, which {family.title} shares"
+                )
+
+
+def _resume(partial, family):
+    if not partial.exists():
+        return {}
+    entries = _read(load_checkpoint(partial), partial, family)
+    tqdm.write(f"going on from {partial}: {len(entries)} layers are done")
+    return entries
+
+
+def save(entries, family, path):
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": family.name,
+        "precision_bits": family.precision_bits,
+        "slots": entries,
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load(path, denoiser, family):
+    """The entries {key: entry} of the multiquantizer at `path`, made for this denoiser's weights.
+
+    A file in the published format is converted. Raises InputError for a missing, damaged or foreign
+    file and, naming the layer, for one made from other weights.
+    """
+    if not Path(path).exists():
+        raise InputError(
+            f"{path}: no such multiquantizer; make it with `python scripts/{family.name}_multiquantizer.py` "
+            "(and the same --model_id), or name another with --multi_chkpt"
+        )
+    content = load_checkpoint(path)
+    slots = find_slots(denoiser, family)
+    if published.is_published(content):
+        return published.convert(content, path, {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)})
+    entries = _read(content, path, family)
+    check_fits(entries, path, denoiser, slots, family)
+    return entries
+
+
+def check_fits(entries, path, denoiser, slots, family):
+    """Raise InputError unless the entries were fitted to exactly this denoiser's weights."""
+    keys = free_keys(slots)
+    missing = [key for key in keys if key not in entries]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(keys)} layers are missing, first {missing[0]}")
+    for key in keys:
+        if entries[key]["fingerprint"] != fingerprint(slot_weight(denoiser, slots[key], family)):
+            raise InputError(
+                f"{path}: made from other weights than this model's (layer {slots[key].module_path}); "
+                f"make it anew with `python scripts/{family.name}_multiquantizer.py`"
+            )
+    check_ties(denoiser, slots, family)
+
+
+def _read(content, path, family):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a multiquantizer")
+    if content["version"] != VERSION:
+        raise InputError(f"{path}: multiquantizer version {content['version']}, this program reads {VERSION}")
+    if content["family"] != family.name:
+        raise InputError(f"{path}: a multiquantizer of {content['family']}, not of {family.name}")
+    return content["slots"]

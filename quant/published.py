@@ -1,0 +1,88 @@
+"""Multiquantizer files of the published system, read into this project's entries.
+
+Per key they hold `<key>.quant_params.<method>`: for K-Means the quantized weight itself, for UAQ the
+scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
+"""
+
+import torch
+
+from errors import InputError
+from models.layers import find_slots
+from quant import methods
+from quant.entries import make_entry
+
+
+def is_published(content):
+    return isinstance(content, dict) and any(isinstance(k, str) and ".quant_params." in k for k in content)
+
+
+def convert(content, path, weights):
+    """Entries {key: entry} for the float `weights` {key: tensor} that the file was made from.
+
+    K-Means weights come out bit for bit; UAQ codes are rounded in the precision of its scales.
+    """
+    return {key: _convert_slot(content, path, key, weight) for key, weight in weights.items()}
+
+
+def _convert_slot(content, path, key, weight):
+    parameters = {}
+    for name, method in methods.METHODS.items():
+        tensor = content.get(f"{key}.quant_params.{name}")
+        if tensor is None:
+            raise InputError(f"{path}: has no {name} for {key}")
+        tensor = tensor.to(weight.device)
+        read = _read_uaq if method.algorithm == "mse" else _read_kmeans
+        try:
+            parameters[name] = read(tensor, weight, method)
+        except ValueError as reason:
+            raise InputError(f"{path}: {name} of {key} {reason}") from None
+    return make_entry(weight, parameters)
+
+
+def _read_uaq(tensor, weight, method):
+    if tensor.shape[0] != 2 or tensor.numel() != 2 * len(weight):
+        raise ValueError(f"has shape {list(tensor.shape)}, not [2, {len(weight)}, 1 ...]")
+    scale, zero_point = tensor.reshape(2, -1)
+    return {
+        "scale": methods.storable_scale(scale, weight.dtype),
+        "zero_point": methods.whole_numbers(zero_point.nan_to_num(0)),
+    }
+
+
+def _read_kmeans(tensor, weight, method):
+    """Centroids of the quantized weight, and the boundaries that send each float weight to its own."""
+    if tensor.shape != weight.shape:
+        raise ValueError(f"has shape {list(tensor.shape)}, the weight {list(weight.shape)}")
+    whole = method.algorithm == "kmeans_all"
+    rows = weight.reshape(1, -1) if whole else weight.reshape(len(weight), -1)
+    values, order = rows.sort(dim=1)  # [R, n]
+    quantized = tensor.to(weight.dtype).reshape(rows.shape).gather(1, order)
+    steps = quantized.diff(dim=1)
+    codes = torch.nn.functional.pad((steps != 0).cumsum(dim=1), (1, 0))  # [R, n], which run of equal values
+    count = min(2**method.bits, rows.shape[1])
+    if (steps < 0).any() or codes.max() >= count:
+        raise ValueError(f"is not a clustering of this model's weights into {count} values")
+    last = torch.nn.functional.pad(steps != 0, (0, 1), value=True)  # last weight of its run
+    centroids = quantized[:, -1:].repeat(1, count)
+    boundaries = torch.full_like(centroids, torch.inf)
+    row = torch.arange(len(rows), device=rows.device)[:, None].expand_as(codes)
+    centroids[row[last], codes[last]] = quantized[last]
+    boundaries[row[last], codes[last]] = values[last]
+    used = codes[:, -1:]
+    boundaries.scatter_(1, used, torch.inf)  # no boundary above the last run
+    boundaries = boundaries[:, :-1].contiguous()
+    shape = (-1,) if whole else (len(weight), -1)
+    return {"centroids": centroids.reshape(shape), "boundaries": boundaries.reshape(shape)}
+
+
+def file_bytes(denoiser, family):
+    """Bytes of the tensors in a published file of this denoiser.
+
+    Per slot: four quantized weights (two K-Means at two bit widths), a scale and a zero point per
+    output channel at two bit widths, six half-precision errors; no file overhead, and not the
+    float weights and biases, which published files also hold.
+    """
+    element = family.precision_bits // 8
+    return sum(
+        element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in find_slots(denoiser, family).values()
+    )

@@ -1,0 +1,69 @@
+"""Files that survive a crash and pickles that cannot run code."""
+
+import contextlib
+import io
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+
+from errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that takes the place of `path` once written and synced, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits containers, numbers and strings, which need no imports, and nothing else."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain Python data is read")
+
+
+def load_pickle(path):
+    """The plain Python data in the pickle at `path`; anything else in it is refused unexecuted."""
+    try:
+        return _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as reason:  # a damaged pickle can raise almost anything
+        raise InputError(f"{path}: not a readable pickle ({reason})") from None
+
+
+def save_pickle(data, path):
+    with atomic_write(path) as file:
+        pickle.dump(data, file, protocol=4)
+
+
+def load_checkpoint(path):
+    """The tensors, numbers and strings in the torch file at `path`; never runs code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as reason:  # truncated archives and forbidden pickles raise many types
+        first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise InputError(f"{path}: not a readable checkpoint ({first_line[:160]})") from None

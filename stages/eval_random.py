@@ -1,0 +1,212 @@
+"""Stage 2: draw random configurations and label each with its size, error, BOPs and FID."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import constants
+from bops.bops import tera_bops
+from bops.macs import count_macs
+from errors import InputError
+from evaluation import fid, quant_cache
+from evaluation.images import generate, noise_generators, save_png
+from models.inputs import denoiser_inputs
+from models.layers import find_slots
+from models.pipelines import defaults, denoiser_of, is_embedded, load_pipeline, meta_denoiser, pick_device
+from quant import config, modules, multiquantizer
+from quant.storage import atomic_write
+from stages.common import (
+    add_multi_chkpt,
+    at_least,
+    log,
+    multiquantizer_path,
+    parser_for,
+    save_settings,
+    share,
+    start_log,
+)
+
+# A label depends on these flags; a run goes on only with the same ones.
+LABEL_FLAGS = (
+    "model_id",
+    "seed",
+    "n_imgs",
+    "steps",
+    "guidance",
+    "a_l",
+    "a_u",
+    "published_noise",
+    "reference",
+    "multi_chkpt",
+)
+
+
+def main(family):
+    args = parse_args(family)
+    settings = args.outdir / "sampling_config.yaml"
+    check_same_run(args, settings)
+    device = pick_device(args.device)
+    start_log(args.outdir)
+    # The reference first, in case it fails.
+    extractor = fid.DigitFeatures(device) if is_embedded(family, args.model_id) else fid.InceptionFeatures(device)
+    reference = fid.reference_statistics(args.reference, extractor, device)
+    labeller = Labeller(family, args, device, extractor, reference)
+    save_settings(args, settings)
+
+    full_precision = measure_full_precision(labeller, args.outdir / "full_precision.json")
+    log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
+    rows = label_configurations(labeller, args)
+    for line in results_table(rows, full_precision):
+        log.info(line)
+
+
+def parse_args(family):
+    parser = parser_for(family, "eval_random", "label random quantization configurations with FID")
+    parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_random_seed42"), help="folder of the results")
+    parser.add_argument("--num_archs", type=at_least(1), default=500, help="configurations to label")
+    parser.add_argument("--n_imgs", type=at_least(2), default=1000, help="images per configuration")
+    parser.add_argument("--batch_size", type=at_least(1), default=25, help="images generated together; changes no label")
+    parser.add_argument("--steps", type=at_least(1), help="sampler steps; default the model's")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default the model's for labelling")
+    parser.add_argument("--a_l", type=share, default=0.0, help="least expected share of 3-bit weights")
+    parser.add_argument("--a_u", type=share, default=1.0, help="largest expected share of 3-bit weights")
+    parser.add_argument("--reference", type=Path, help="folder of real images; default the one in constants.py")
+    parser.add_argument("--published_noise", action="store_true", help="start every image from the same seed, as published")
+    parser.add_argument("--keep_samples", action="store_true", help="keep the images in <outdir>/samples")
+    add_multi_chkpt(parser, family)
+    args = parser.parse_args()
+    if args.a_l > args.a_u:
+        raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
+    row = defaults(family, args.model_id)
+    args.steps = args.steps or row.steps
+    args.guidance = row.label_guidance if args.guidance is None else args.guidance
+    args.multi_chkpt = args.multi_chkpt or multiquantizer_path(family, args.model_id)
+    if args.reference is None:
+        embedded = is_embedded(family, args.model_id)
+        args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
+    return args
+
+
+def check_same_run(args, settings):
+    """Refuse to mix labels made under other flags into one cache."""
+    if not settings.exists():
+        return
+    before = OmegaConf.load(settings)
+    for flag in LABEL_FLAGS:
+        now = getattr(args, flag)
+        now = str(now) if isinstance(now, Path) else now
+        if before.get(flag) != now:
+            raise InputError(
+                f"{args.outdir}: its labels were made with --{flag} {before.get(flag)}, not {now}; "
+                "give the same flags to go on, or another --outdir"
+            )
+
+
+class Labeller:
+    """Everything that measuring a configuration needs, set up once."""
+
+    def __init__(self, family, args, device, extractor, reference):
+        self.family, self.args, self.device = family, args, device
+        self.extractor, self.reference = extractor, reference
+        self.pipeline = load_pipeline(family, args.model_id, device)
+        denoiser = denoiser_of(self.pipeline, family)
+        self.slots = find_slots(denoiser, family)
+        self.entries = multiquantizer.load(args.multi_chkpt, denoiser, family)
+        self.layers = modules.install(denoiser, family)
+        on_meta = meta_denoiser(denoiser)
+        self.macs = count_macs(on_meta, denoiser_inputs(on_meta))
+        self.num_classes = defaults(family, args.model_id).num_classes
+
+    def label(self, configuration, name):
+        """The row of a configuration; None stands for full precision."""
+        if configuration is None:
+            config.restore(self.layers)
+            description = config.describe_full_precision(self.slots, self.family.precision_bits)
+        else:
+            config.apply(configuration, self.layers, self.slots, self.entries)
+            description = config.describe(configuration, self.slots, self.entries, self.family.precision_bits)
+        methods = {slot.module_path: description[key][0] for key, slot in self.slots.items()}
+        return {
+            "quantized_size": config.quantized_size(description),
+            "avg_bits": config.avg_bits(description, self.family.precision_bits),
+            "quantized_error": float(sum(row[3] for row in description.values())),
+            "FID-GT-1k": self.measure_fid(name),
+            "bops": tera_bops(self.macs, methods),
+            "config": description,
+        }
+
+    def measure_fid(self, name):
+        """FID of `n_imgs` images of the weights in force, made in <outdir>/samples/<name>."""
+        folder = self.args.outdir / "samples" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.write_images(folder, name)
+        value = fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)
+        if not self.args.keep_samples:
+            shutil.rmtree(folder)
+        return value
+
+    def write_images(self, folder, name):
+        args = self.args
+        with tqdm(total=args.n_imgs, desc=name, unit="img", leave=False) as progress:
+            for first in range(0, args.n_imgs, args.batch_size):
+                indices = range(first, min(first + args.batch_size, args.n_imgs))
+                conditions = {"class_labels": [index % self.num_classes for index in indices]}
+                generators = noise_generators(args.seed, indices, args.published_noise)
+                images = generate(self.pipeline, conditions, generators, args.steps, args.guidance)
+                for index, image in zip(indices, images, strict=True):
+                    save_png(image, folder / f"{index:05d}.png")
+                progress.update(len(indices))
+
+
+def measure_full_precision(labeller, path):
+    """The full-precision row without its configuration, measured once and stored in `path`."""
+    if not path.exists():
+        row = labeller.label(None, "full_precision")
+        del row["config"]
+        with atomic_write(path) as file:
+            file.write(json.dumps(row, indent=1).encode())
+    return json.loads(path.read_text())
+
+
+def label_configurations(labeller, args):
+    """Label configurations until `quant_cache.pkl` has `num_archs` rows; each row is saved as it comes."""
+    path = args.outdir / "quant_cache.pkl"
+    rows = quant_cache.load(path)
+    for index, row in enumerate(rows):
+        drawn = config.draw_random(labeller.slots, args.seed, index, args.a_l, args.a_u)
+        if drawn != {key: value[0] for key, value in row["config"].items()}:
+            raise InputError(f"{path}: row {index + 1} is not configuration {index + 1} of --seed {args.seed}")
+    with logging_redirect_tqdm([log]), tqdm(initial=len(rows), total=args.num_archs, desc="configurations") as progress:
+        for index in range(len(rows), args.num_archs):
+            start = time.monotonic()
+            configuration = config.draw_random(labeller.slots, args.seed, index, args.a_l, args.a_u)
+            rows.append(labeller.label(configuration, f"config_{index:03d}"))
+            quant_cache.save(rows, path)
+            progress.update()
+            row = rows[-1]
+            log.info(
+                "configuration %d: avg_bits %.3f, FID %.3f, %.0f s",
+                index + 1,
+                row["avg_bits"],
+                row["FID-GT-1k"],
+                time.monotonic() - start,
+            )
+    return rows
+
+
+def results_table(rows, full_precision):
+    """Lines of a table: configuration, average bits, size, FID; best first."""
+    yield f"{'configuration':<16}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}"
+    numbered = [("full precision", full_precision)]
+    numbered += sorted(((str(n), row) for n, row in enumerate(rows, 1)), key=lambda pair: pair[1]["FID-GT-1k"])
+    for name, row in numbered:
+        yield (
+            f"{name:<16}{row['avg_bits']:>9.3f}{row['quantized_size'] / 1e6:>11.3f}"
+            f"{row['bops']:>10.4f}{row['FID-GT-1k']:>9.3f}"
+        )
