@@ -55,7 +55,8 @@ def load_pipeline(family, model_id, device):
     if family.scheduler:
         pipeline.scheduler = getattr(diffusers, family.scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.float32 if device.type == "cpu" else family.dtype)
+    with _quiet():
+        return pipeline.to(device, torch.float32 if device.type == "cpu" else family.dtype)
 
 
 def denoiser_of(pipeline, family):

@@ -50,7 +50,7 @@ def check(configuration, slots, name="configuration"):
     if missing:
         raise InputError(f"{name}: {len(missing)} of {len(slots)} keys are missing, first {missing[0]}")
     for key, method in configuration.items():
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise InputError(f"{name}: unknown method {method!r} for {key}; known are {', '.join(METHODS)}")
     for key, slot in slots.items():
         if configuration[key] != configuration[slot.tie]:

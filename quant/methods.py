@@ -35,16 +35,18 @@ METHODS = {m.name: m for m in (Method(algorithm, b) for algorithm in ALGORITHM_L
 
 def fit(weight):
     """Parameters of all six methods for `weight` [C, ...]: {name: {parameter: tensor}}."""
-    per_channel, whole = kmeans.fit_per_channel(weight, BITS), kmeans.fit_whole(weight, BITS)
-    parameters = {}
-    for method in METHODS.values():
-        if method.algorithm == "mse":
-            scale, zero_point = uaq.fit(weight, method.bits)
-            parameters[method.name] = {"scale": storable_scale(scale, weight.dtype), "zero_point": whole_numbers(zero_point)}
-        else:
-            centroids = (per_channel if method.algorithm == "kmeans" else whole)[method.bits]
-            parameters[method.name] = {"centroids": centroids.to(weight.dtype)}
-    return parameters
+    centroids = {"kmeans": kmeans.fit_per_channel(weight, BITS), "kmeans_all": kmeans.fit_whole(weight, BITS)}
+    return {
+        name: _fit_uaq(weight, method.bits)
+        if method.algorithm == "mse"
+        else {"centroids": centroids[method.algorithm][method.bits].to(weight.dtype)}
+        for name, method in METHODS.items()
+    }
+
+
+def _fit_uaq(weight, bits):
+    scale, zero_point = uaq.fit(weight, bits)
+    return {"scale": storable_scale(scale, weight.dtype), "zero_point": whole_numbers(zero_point)}
 
 
 def storable_scale(scale, dtype):
@@ -72,19 +74,16 @@ def quantize(name, weight, parameters):
     return kmeans.assign(weight, parameters["centroids"])
 
 
+def decoding_parameters(name):
+    """Names of the parameters that turn codes back into weights."""
+    return ("scale", "zero_point") if METHODS[name].algorithm == "mse" else ("centroids",)
+
+
 def dequantize(name, codes, parameters):
     """Weights, in the parameters' precision, that the codes stand for."""
     if METHODS[name].algorithm == "mse":
         return uaq.dequantize(codes, parameters["scale"], parameters["zero_point"])
     return kmeans.dequantize(codes, parameters["centroids"])
-
-
-def codebook(name, parameters):
-    """The weights that each code stands for: [C, 2^b], or [1, 2^b] for K-Means-A."""
-    if METHODS[name].algorithm == "mse":
-        codes = torch.arange(2 ** METHODS[name].bits, device=parameters["scale"].device)
-        return uaq.dequantize(codes.repeat(len(parameters["scale"]), 1), parameters["scale"], parameters["zero_point"])
-    return torch.atleast_2d(parameters["centroids"])
 
 
 def apply(name, weight, parameters):

@@ -2,7 +2,8 @@
 
 Each layer keeps its float original, in the family's precision, and the method in force; a new
 method is always computed from the original, so any number of changes leaves no drift. `pack` turns
-a layer into its low-bit form: packed codes and a codebook, decoded when it runs, and no float weight.
+a layer into its low-bit form: packed codes and their scales or centroids, decoded when it runs, and
+no float weight.
 """
 
 import torch
@@ -41,29 +42,31 @@ class QuantLayer:
 
     @torch.no_grad()
     def pack(self, parameters):
-        """Keep only packed codes and the codebook of the method in force; there is no way back."""
+        """Keep only packed codes and the parameters of the method in force; there is no way back."""
         on_device = {key: value.to(self.original.device) for key, value in parameters.items()}
-        bits = methods.METHODS[self.method].bits
         codes = methods.quantize(self.method, self.original, on_device)
-        codebook = methods.codebook(self.method, on_device)  # [C or 1, 2^bits]
-        self.packed_shape, self.packed_bits = codes.shape, bits
-        self.register_buffer("codes", pack_codes(codes, bits))
-        self.register_buffer("codebook", codebook)
+        self.packed_shape = codes.shape
+        self.register_buffer("codes", pack_codes(codes, methods.METHODS[self.method].bits))
+        for name in methods.decoding_parameters(self.method):
+            self.register_buffer(name, on_device[name])
         del self.weight
         del self.original
 
+    @property
+    def is_packed(self):
+        return "codes" in self._buffers
+
     def effective_weight(self, dtype):
         """The weight to compute with: as it stands, or decoded from the packed codes."""
-        if "codes" not in self._buffers:
+        if not self.is_packed:
             return self.weight
-        rows = unpack_codes(self.codes, self.packed_bits, self.packed_shape.numel())
-        rows = rows.view(len(self.codebook), -1).long()
-        return self.codebook.gather(1, rows).view(self.packed_shape).to(dtype)
+        codes = unpack_codes(self.codes, methods.METHODS[self.method].bits, self.packed_shape.numel())
+        return methods.dequantize(self.method, codes.view(self.packed_shape), self._buffers).to(dtype)
 
     def _apply(self, fn, recurse=True):
         """Follow the layer to another device, but keep the original's precision through any cast."""
         super()._apply(fn, recurse)
-        if "codes" not in self._buffers:
+        if not self.is_packed:
             self.original = self.original.to(self.weight.device)
         return self
 
@@ -103,10 +106,10 @@ def install(denoiser, family):
 
 
 def weight_bytes(denoiser):
-    """Bytes that the quantized layers' weights take in memory now (codes and codebooks once packed)."""
-    total = 0
-    for layer in denoiser.modules():
-        if isinstance(layer, QuantLayer):
-            held = [layer.codes, layer.codebook] if "codes" in layer._buffers else [layer.weight]
-            total += sum(tensor.nbytes for tensor in held)
-    return total
+    """Bytes that the quantizable weights take now: codes and what decodes them once packed."""
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, QuantLayer)]
+    packed = [layer for layer in layers if layer.is_packed]
+    names = [("codes", *methods.decoding_parameters(layer.method)) for layer in packed]
+    held = [layer._buffers[name] for layer, some in zip(packed, names, strict=True) for name in some]
+    held += [layer.weight for layer in layers if not layer.is_packed]
+    return sum(tensor.nbytes for tensor in held)

@@ -41,7 +41,7 @@ def build(denoiser, family, path):
     saved = time.monotonic()
     with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
         for number, key in enumerate(keys, start=1):
-            progress.set_postfix_str(f"layer {number}/{len(keys)}")
+            progress.set_postfix_str(f"layer {number}/{len(keys)}", refresh=False)
             weight = slot_weight(denoiser, slots[key], family)
             if key not in entries or entries[key]["fingerprint"] != fingerprint(weight):
                 try:

@@ -61,8 +61,9 @@ def main(family):
     full_precision = measure_full_precision(labeller, args.outdir / "full_precision.json")
     log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
     rows = label_configurations(labeller, args)
-    for line in results_table(rows, full_precision):
-        log.info(line)
+    table = "\n".join(results_table(rows, full_precision))
+    (args.outdir / "results.txt").write_text(table + "\n")
+    log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 
 def parse_args(family):

@@ -1,0 +1,27 @@
+# make demo: the whole pipeline on the small embedded model.   make test: lint and all tests.
+# Both install into .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+EMBEDDED := --model_id embedded
+
+.PHONY: demo test
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python scripts/dit_multiquantizer.py $(EMBEDDED)
+	$(BIN)/python scripts/dit_eval_random.py $(EMBEDDED) --outdir demo/labels --num_archs 6 --n_imgs 250 --batch_size 125
+	$(BIN)/python scripts/dit_infer.py $(EMBEDDED) --outdir demo/images --n_imgs 20 --pack \
+		--q_config demo/labels/quant_cache.pkl:best
+	@echo; cat demo/labels/results.txt
+	@echo; echo "results table: demo/labels/results.txt, labels: demo/labels/quant_cache.pkl"
+	@echo "images: $$(ls -d demo/images/*/ | tail -n 1)contact_sheet.png"
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as clean_fid
+from conftest import ROOT
+
+from errors import InputError
+from evaluation import fid
+from evaluation.images import save_png
+from models.embedded.classifier import held_out_accuracy, load_classifier
+from models.embedded.digits import reference_pictures
+
+REAL_PHOTOS = ROOT.parent / "shared" / "data" / "imagenet"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of digits, one in a subfolder, as reference sets often are."""
+    pictures = reference_pictures()
+    for name, chosen in (("a", pictures[:90]), ("b/deeper", 255 - pictures[200:290])):
+        (tmp_path / name).mkdir(parents=True)
+        for index, picture in enumerate(chosen):
+            save_png(picture, tmp_path / name / f"{index}.png")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_equals_clean_fid(folders):
+    """Our way through cached statistics gives the number clean-fid gives for two folders."""
+    extractor = fid.DigitFeatures(CPU)
+    reference = fid.reference_statistics(folders[1], extractor, CPU)
+    ours = fid.distance(fid.folder_features(folders[0], extractor, CPU), reference)
+    theirs = clean_fid.compare_folders(
+        str(folders[0]),
+        str(folders[1]),
+        extractor.model,
+        mode="clean",
+        device=CPU,
+        custom_fn_resize=extractor.resize,
+        verbose=False,
+    )
+    assert ours == pytest.approx(theirs, rel=1e-6) and ours > 1
+
+
+def test_by_hand():
+    features = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    mean, covariance = fid.statistics(features)
+    assert fid.distance(features, (mean + [3, 4], covariance)) == pytest.approx(25)
+
+
+def test_reference_is_read_once(folders, monkeypatch):
+    extractor = fid.DigitFeatures(CPU)
+    first = fid.reference_statistics(folders[0], extractor, CPU)
+    monkeypatch.setattr(fid, "folder_features", lambda *args: pytest.fail("computed again"))
+    again = fid.reference_statistics(folders[0], extractor, CPU)
+    assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
+
+
+def test_reference_follows_what_is_in_the_folder(folders):
+    extractor = fid.DigitFeatures(CPU)
+    first = fid.reference_statistics(folders[0], extractor, CPU)
+    save_png(np.zeros((64, 64, 3), np.uint8), folders[0] / "new.png")
+    assert not np.array_equal(first[0], fid.reference_statistics(folders[0], extractor, CPU)[0])
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match="holds no images"):
+        fid.image_files(tmp_path)
+    with pytest.raises(InputError, match=r"no such folder.*constants\.py"):
+        fid.image_files(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(not REAL_PHOTOS.exists(), reason="no real photos here")
+def test_finds_photos_in_class_folders():
+    assert len(fid.image_files(REAL_PHOTOS)) == 100
+
+
+def test_the_judge_knows_real_digits():
+    assert held_out_accuracy(load_classifier()) >= 0.97
+
+
+def test_reference_digits_are_drawn_once(monkeypatch):
+    folder = fid.digit_reference_folder()
+    assert len(fid.image_files(folder)) == 1797
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert fid.digit_reference_folder() == folder
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -1,0 +1,106 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from errors import InputError
+from models.layers import find_slots, free_keys
+from quant import config
+from quant.methods import METHODS
+
+TIED = "model.transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight_quantizer"
+
+
+@pytest.fixture
+def slots(denoiser, family):
+    return find_slots(denoiser, family)
+
+
+def test_random_depends_on_seed_and_index_alone(slots):
+    one = config.draw_random(slots, seed=1, index=5)
+    assert one == config.draw_random(slots, seed=1, index=5)
+    assert one != config.draw_random(slots, seed=1, index=6) and one != config.draw_random(slots, seed=2, index=5)
+    config.check(one, slots)
+
+
+def test_random_covers_the_space(slots):
+    drawn = [config.draw_random(slots, 0, index) for index in range(300)]
+    shares = np.array([np.mean([method.endswith("3") for method in d.values()]) for d in drawn])
+    assert set().union(*(d.values() for d in drawn)) == set(METHODS)
+    assert shares.min() < 0.1 and shares.max() > 0.9 and abs(shares.mean() - 0.5) < 0.06  # p ~ U(0, 1)
+    algorithms = [method.split("-")[0] for d in drawn for method in d.values()]
+    assert all(abs(algorithms.count(name) / len(algorithms) - 1 / 3) < 0.02 for name in config.ALGORITHMS)
+
+
+def test_random_respects_its_bounds(slots):
+    for index in range(20):
+        assert all(m.endswith("-4") for m in config.draw_random(slots, 0, index, 0, 0).values())
+        assert all(m.endswith("-3") for m in config.draw_random(slots, 0, index, 1, 1).values())
+
+
+def test_save_and_load(tmp_path, slots):
+    drawn = config.draw_random(slots, 0, 0)
+    config.save(drawn, tmp_path / "c.pkl")
+    assert config.load(tmp_path / "c.pkl", slots) == drawn
+
+
+def test_free_keys_suffice(tmp_path, slots):
+    drawn = config.draw_random(slots, 0, 0)
+    config.save({key: drawn[key] for key in free_keys(slots)}, tmp_path / "c.pkl")
+    assert config.load(tmp_path / "c.pkl", slots) == drawn
+
+
+def test_uniform(slots):
+    assert set(config.load("uniform:kmeans-4", slots).values()) == {"kmeans-4"}
+
+
+def test_rows_of_a_cache(tmp_path, slots):
+    drawn = [config.draw_random(slots, 0, index) for index in range(3)]
+    rows = [
+        {"FID-GT-1k": fid, "config": {k: [m, 1, 1, 0.0] for k, m in d.items()}}
+        for fid, d in zip([3.0, 1.0, 2.0], drawn, strict=True)
+    ]
+    path = tmp_path / "quant_cache.pkl"
+    path.write_bytes(pickle.dumps(rows, protocol=4))
+    assert config.load(f"{path}:best", slots) == drawn[1]
+    assert config.load(f"{path}:3", slots) == drawn[2]
+    for bad, message in [(f"{path}", "add :best"), (f"{path}:4", "rows 1 to 3"), (f"{path}:x", "rows 1 to 3")]:
+        with pytest.raises(InputError, match=message):
+            config.load(bad, slots)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.nowhere.weight_quantizer": "mse-4"}, r"model\.nowhere"),
+        ({"model.proj_out_1.weight_quantizer": "mse-5"}, r"'mse-5' for model\.proj_out_1"),
+        ({"model.proj_out_1.weight_quantizer": ["x"] * 4}, r"'x' for model\.proj_out_1"),
+        ({"model.proj_out_1.weight_quantizer": []}, r"\[\] for model\.proj_out_1"),
+        ({"model.proj_out_1.weight_quantizer": None}, r"None for model\.proj_out_1"),
+        ({TIED.format(1): "mse-3"}, r"blocks\.1\.norm1\.emb.*blocks\.0\.norm1\.emb"),
+    ],
+)
+def test_bad_configurations_are_named(tmp_path, slots, change, message):
+    config.save(config.uniform(slots, "mse-4") | change, tmp_path / "c.pkl")
+    with pytest.raises(InputError, match=message):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+def test_missing_key_is_named(tmp_path, slots):
+    less = config.uniform(slots, "mse-4")
+    del less["model.proj_out_2.weight_quantizer"]
+    config.save(less, tmp_path / "c.pkl")
+    with pytest.raises(InputError, match=r"1 of .* missing, first model\.proj_out_2"):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+@pytest.mark.parametrize("content", [3, "text", {1: 2}, None])
+def test_other_pickles_are_refused(tmp_path, slots, content):
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=r"c\.pkl: not a configuration"):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+def test_unknown_uniform_method(slots):
+    with pytest.raises(InputError, match="unknown method 'mse-9'"):
+        config.load("uniform:mse-9", slots)

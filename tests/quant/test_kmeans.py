@@ -1,0 +1,94 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+from quant import kmeans
+
+
+def squared_error(weight, centroids):
+    quantized = kmeans.dequantize(kmeans.assign(weight, centroids), centroids)
+    return ((weight.double() - quantized.double()) ** 2).reshape(len(weight), -1).sum(1)
+
+
+def brute_force(values, k):
+    """Least squared error over all partitions of the sorted values into k intervals."""
+    values = np.sort(values)
+    cuts = itertools.combinations(range(1, len(values)), k - 1)
+    bounds = ([0, *cut, len(values)] for cut in cuts)
+    return min(sum(np.var(values[a:b]) * (b - a) for a, b in itertools.pairwise(bound)) for bound in bounds)
+
+
+def test_by_hand():
+    weight = torch.tensor([[0.0, 1.0, 10.0, 11.0, 30.0]], dtype=torch.float64)
+    assert kmeans.fit_per_channel(weight, (1,))[1].tolist() == [[5.5, 30.0]]
+    assert kmeans.fit_whole(weight, (2,))[2].tolist() == [0.0, 1.0, 10.5, 30.0]
+
+
+@pytest.mark.parametrize(("count", "bits"), [(9, 1), (9, 2), (10, 3), (13, 2)])
+def test_equals_brute_force(count, bits):
+    weight = torch.randn(6, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64) ** 3
+    error = squared_error(weight, kmeans.fit_per_channel(weight, (bits,))[bits])
+    best = [brute_force(row.numpy(), 2**bits) for row in weight]
+    np.testing.assert_allclose(error.numpy(), best, rtol=1e-9, atol=1e-12)
+
+
+def test_whole_equals_brute_force():
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centroids = kmeans.fit_whole(weight, (2,))[2]
+    assert squared_error(weight.view(1, -1), centroids).item() == pytest.approx(brute_force(weight.numpy().ravel(), 4))
+
+
+@pytest.mark.parametrize("heavy_tailed", [False, True])
+def test_never_worse_than_sklearn(heavy_tailed):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(12, 96, generator=generator)
+    weight = weight**3 if heavy_tailed else weight
+    for bits, centroids in kmeans.fit_per_channel(weight).items():
+        ours = squared_error(weight, centroids)
+        theirs = [
+            KMeans(2**bits, max_iter=100, random_state=0).fit(row[:, None]).inertia_ for row in weight.double().numpy()
+        ]
+        assert (ours.numpy() <= np.array(theirs) * (1 + 1e-6)).all()
+
+
+def test_one_table_serves_both_widths():
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = kmeans.fit_per_channel(weight, (4, 3))
+    for bits in (4, 3):
+        assert torch.equal(both[bits], kmeans.fit_per_channel(weight, (bits,))[bits])
+
+
+@pytest.mark.parametrize("shape", [(6, 30), (6, 10, 3), (6, 5, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_shape_and_dtype(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    centroids = kmeans.fit_per_channel(weight)[3]
+    assert centroids.shape == (6, 8)
+    assert centroids.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    codes = kmeans.assign(weight, centroids)
+    assert codes.shape == weight.shape and codes.dtype == torch.uint8 and codes.max() < 8
+    flat = kmeans.fit_per_channel(weight.reshape(6, -1))[3]
+    assert torch.equal(centroids, flat)
+
+
+def test_constant_and_tiny_channels():
+    weight = torch.tensor([[2.0] * 6, [1.0, 1.0, 1.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0, -3.0]])
+    for centroids in (kmeans.fit_per_channel(weight)[4], kmeans.fit_whole(weight)[4]):
+        assert torch.isfinite(centroids).all()
+        assert squared_error(weight, centroids).sum() == 0
+    assert kmeans.fit_per_channel(weight)[4].shape == (3, 6)  # not more centroids than weights
+
+
+def test_assigns_nearest():
+    generator = torch.Generator().manual_seed(0)
+    weight, centroids = torch.randn(4, 50, generator=generator), torch.randn(4, 8, generator=generator).sort(1)[0]
+    nearest = (weight[:, :, None] - centroids[:, None, :]).abs().argmin(2)
+    assert torch.equal(kmeans.assign(weight, centroids).long(), nearest)
+
+
+def test_refuses_nan():
+    with pytest.raises(ValueError, match="NaN"):
+        kmeans.fit_per_channel(torch.tensor([[1.0, float("nan")]]))

@@ -1,0 +1,185 @@
+"""The three stages on the embedded model, run as users run them."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+from PIL import Image
+
+from evaluation import quant_cache
+from models.layers import find_slots
+from models.pipelines import load_pipeline
+from quant import config
+from stages import eval_random, infer, multiquantizer
+
+EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
+
+
+@pytest.fixture(scope="module")
+def mq(tmp_path_factory, request):
+    """The embedded model's multiquantizer, built by its script."""
+    path = tmp_path_factory.mktemp("mq") / "dit_embedded_mq.pt"
+    command = [sys.executable, "scripts/dit_multiquantizer.py", "--model_id", "embedded", "--output", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "201 layers fitted" in done.stdout and "layer 201/201" in done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def labels(mq, tmp_path_factory):
+    """Three labelled configurations, made in one go."""
+    folder = tmp_path_factory.mktemp("labels")
+    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return folder
+
+
+def script(name, *flags):
+    return [sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
+
+
+def test_the_cache(labels, family):
+    rows = pickle.loads((labels / "quant_cache.pkl").read_bytes())
+    slots = find_slots(load_pipeline(family, "embedded", torch.device("cpu")).transformer, family)
+    assert len(rows) == 3
+    for index, row in enumerate(rows):
+        assert tuple(row) == quant_cache.KEYS
+        methods = {key: value[0] for key, value in row["config"].items()}
+        assert methods == config.draw_random(slots, 42, index)
+        assert row["quantized_size"] == sum(value[2] for value in row["config"].values())
+        fp_bytes = sum(value[1] for value in row["config"].values())
+        assert row["avg_bits"] == pytest.approx(16 * row["quantized_size"] / fp_bytes)
+        assert row["quantized_error"] == pytest.approx(sum(value[3] for value in row["config"].values()))
+        assert row["FID-GT-1k"] > 0 and row["bops"] > 0
+        assert all(type(v) in (int, float) for k, v in row.items() if k != "config")
+        assert all([type(x) for x in value] == [str, int, int, float] for value in row["config"].values())
+
+
+def test_what_stands_beside_the_cache(labels):
+    settings = OmegaConf.load(labels / "sampling_config.yaml")
+    assert settings.n_imgs == 12 and settings.seed == 42 and settings.guidance == 1.5
+    whole = json.loads((labels / "full_precision.json").read_text())
+    rows = quant_cache.load(labels / "quant_cache.pkl")
+    assert whole["avg_bits"] == 16 and all(row["bops"] < whole["bops"] for row in rows)
+    assert "configuration 3: avg_bits" in (labels / "run.log").read_text()
+    assert (labels / "results.txt").read_text().count("\n") == 5
+    assert not list((labels / "samples").iterdir())
+
+
+def test_killed_and_resumed_equals_undisturbed(labels, mq, tmp_path):
+    """SIGKILL after the first row is saved: no row is lost, and the resumed cache is byte for byte the same."""
+    cache = tmp_path / "quant_cache.pkl"
+    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not cache.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    kept = len(quant_cache.load(cache))
+    assert 1 <= kept <= 3
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert cache.read_bytes() == (labels / "quant_cache.pkl").read_bytes()
+
+
+def test_more_configurations_go_on_from_the_old_ones(labels, mq, tmp_path, run_script):
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path)
+    assert run_script(eval_random, "dit", *flags, "--num_archs", 1)[0] == 0
+    first = quant_cache.load(tmp_path / "quant_cache.pkl")
+    assert run_script(eval_random, "dit", *flags, "--num_archs", 2)[0] == 0
+    both = quant_cache.load(tmp_path / "quant_cache.pkl")
+    assert both[:1] == first and both == quant_cache.load(labels / "quant_cache.pkl")[:2]
+
+
+def test_infer(labels, mq, tmp_path, run_script):
+    spec = f"{labels / 'quant_cache.pkl'}:best"
+    flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--q_config", spec, "--steps", 2, "--n_imgs", 3)
+    code, printed = run_script(infer, "dit", *flags, "--cls_id", 4, 7, "--outdir", tmp_path / "a")
+    assert code == 0, printed
+    (folder,) = (tmp_path / "a").iterdir()
+    assert re.fullmatch(r"\d{4}(-\d\d){5}", folder.name)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "contact_sheet.png",
+        "run.log",
+        "sampling_config.yaml",
+        "samples",
+    ]
+    images = [np.asarray(Image.open(path)) for path in sorted((folder / "samples").iterdir())]
+    assert len(images) == 3 and images[0].shape == (64, 64, 3)
+    assert Image.open(folder / "contact_sheet.png").size[0] >= 3 * 128
+
+    assert run_script(infer, "dit", *flags, "--cls_id", 4, 7, "--outdir", tmp_path / "b", "--pack", "--no_compare")[0] == 0
+    (packed,) = (tmp_path / "b").iterdir()
+    for path, image in zip(sorted((packed / "samples").iterdir()), images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+    assert "weights packed" in (packed / "run.log").read_text()
+
+
+def test_keep_samples(mq, tmp_path, run_script):
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 1, "--keep_samples")
+    assert run_script(eval_random, "dit", *flags)[0] == 0
+    assert len(list((tmp_path / "samples" / "config_000").glob("*.png"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        (infer, ("--q_config", "nowhere.pkl"), "nowhere.pkl: no such file"),
+        (infer, ("--q_config", "uniform:mse-9"), "unknown method 'mse-9'"),
+        (infer, ("--q_config", "{labels}/quant_cache.pkl"), "add :best"),
+        (infer, ("--cls_id", "10"), "--cls_id 10: embedded has classes 0 to 9"),
+        (infer, ("--n_imgs", "0"), "--n_imgs: 0 is not at least 1"),
+        (infer, ("--res", "512"), "--res 512: embedded makes images of 64 px"),
+        (infer, ("--multi_chkpt", "nowhere.pt"), "nowhere.pt: no such multiquantizer; make it with"),
+        (infer, ("--multi_chkpt", "{root}/README.md"), "README.md: not a readable checkpoint"),
+        (infer, ("--device", "cuda:77"), "--device cuda:77"),
+        (infer, ("--model_id", "facebook/nothing-here"), "`--model_id embedded` works offline"),
+        (eval_random, ("--n_imgs", "1"), "--n_imgs: 1 is not at least 2"),
+        (eval_random, ("--reference", "{root}/bops"), "bops: holds no images"),
+        (eval_random, ("--reference", "nowhere"), "nowhere: no such folder"),
+        (eval_random, ("--a_l", "0.8", "--a_u", "0.2"), "--a_l 0.8 is above --a_u 0.2"),
+        (eval_random, ("--a_l", "-1"), "not between 0 and 1"),
+        (eval_random, ("--outdir", "{labels}", "--seed", "43"), "made with --seed 42, not 43"),
+        (multiquantizer, ("--res", "1024"), "--res 1024: embedded makes images of 64 px"),
+    ],
+)
+def test_bad_input_is_one_line(stage, flags, message, labels, mq, tmp_path, run_script, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = [flag.format(labels=labels, root=ROOT) for flag in flags]
+    defaults = {"--model_id": "embedded", "--outdir": tmp_path}
+    if stage is not multiquantizer:
+        defaults["--multi_chkpt"] = mq
+    if stage is eval_random:
+        defaults |= dict(zip(EVAL[2::2], EVAL[3::2], strict=True)) | {"--num_archs": 1}
+    else:
+        defaults.pop("--outdir") if stage is multiquantizer else None
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    merged = defaults | given
+    code, printed = run_script(stage, "dit", *[item for pair in merged.items() for item in pair])
+    assert code == 2
+    assert message in printed and "Traceback" not in printed
+    assert printed.strip().splitlines()[-1].startswith(("error:", "dit_"))
+
+
+def test_another_familys_configuration(labels, mq, tmp_path, run_script):
+    foreign = tmp_path / "sdxl_37.pkl"
+    config.save({"model.conv_in.weight_quantizer": "mse-4"}, foreign)
+    flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--outdir", tmp_path / "x", "--q_config", foreign)
+    code, printed = run_script(infer, "dit", *flags)
+    assert code == 2 and "not of this denoiser, first model.conv_in" in printed
+
+
+def test_scripts_name_two_commands():
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        text = path.read_text()
+        assert text.count(f"\npython scripts/{path.name}") == 2
+        assert os.linesep.join(text.splitlines()[-2:]).startswith("if __name__")
