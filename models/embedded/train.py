@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from models.embedded.classifier import save_classifier, train_classifier
 from models.embedded.digits import draw, load_scans
+from quant.storage import atomic_write, load_checkpoint
 
 NULL_CLASS = 1000  # DiTPipeline's own class for "no label"
 LABEL_DROP = 0.1
+CHECKPOINT_STEPS = 250
 
 
 def build_vae():
@@ -118,29 +120,34 @@ def vae_psnr(vae):
     return -10 * torch.log10(F.mse_loss(decoded.clamp(0, 1), pictures)).item()
 
 
-def train_dit(vae, steps, batch_size, lr, ema_decay):
-    """The denoiser's averaged weights after `steps` of noise prediction on the digits' latents."""
+def train_dit(vae, steps, batch_size, lr, ema_decay, checkpoint):
+    """The denoiser's averaged weights after `steps` of noise prediction, and the running loss.
+
+    The file `checkpoint` is kept up to date; a training that was cut off goes on from it.
+    """
     torch.manual_seed(0)
     device = vae.device
+    generator = torch.Generator(device).manual_seed(0)
     latents, labels = encode_digits(vae, placements=48)
     latents, labels = latents * vae.config.scaling_factor, labels.to(device)
-    noise_scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
-    alphas = noise_scheduler.alphas_cumprod.to(device)
+    alphas = noise_scheduler().alphas_cumprod.to(device)
     denoiser = build_dit().to(device)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     parameters, averages = list(denoiser.parameters()), list(average.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=steps, pct_start=0.03, final_div_factor=100
     )
-    running = None
-    for step in (progress := tqdm(range(steps), desc="denoiser", mininterval=5)):
-        pick = torch.randint(len(latents), (batch_size,), device=device)
+    stateful = {"denoiser": denoiser, "average": average, "optimizer": optimizer, "schedule": schedule}
+    first, running = resume_training(checkpoint, stateful, generator)
+    for step in (progress := tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=5)):
+        pick = torch.randint(len(latents), (batch_size,), device=device, generator=generator)
         clean, label = latents[pick], labels[pick]  # [B, 4, 8, 8], [B]
-        label = torch.where(torch.rand(batch_size, device=device) < LABEL_DROP, NULL_CLASS, label)
-        timestep = torch.randint(len(alphas), (batch_size,), device=device)
+        dropped = torch.rand(batch_size, device=device, generator=generator) < LABEL_DROP
+        label = torch.where(dropped, NULL_CLASS, label)
+        timestep = torch.randint(len(alphas), (batch_size,), device=device, generator=generator)
         alpha = alphas[timestep].view(-1, 1, 1, 1)
-        noise = torch.randn_like(clean)
+        noise = torch.randn(clean.shape, device=device, generator=generator)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         output = denoiser(noisy, timestep=timestep, class_labels=label).sample  # [B, 8, 8, 8]
         loss = F.mse_loss(output[:, :4], noise)
@@ -149,18 +156,39 @@ def train_dit(vae, steps, batch_size, lr, ema_decay):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-        running = loss.detach() if running is None else torch.lerp(running, loss.detach(), 0.01)
-        if step % 200 == 0:
-            progress.set_postfix(loss=f"{running.item():.4f}", refresh=False)
-    return unshare(average), running.item()
+        torch._foreach_lerp_(averages, parameters, 1 - min(ema_decay, (step + 1) / (step + 10)))
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if (step + 1) % CHECKPOINT_STEPS == 0:
+            save_training(checkpoint, stateful, generator, step + 1, running)
+    checkpoint.unlink(missing_ok=True)
+    return unshare(average), running
+
+
+def save_training(checkpoint, stateful, generator, step, loss):
+    states = {name: thing.state_dict() for name, thing in stateful.items()}
+    with atomic_write(checkpoint) as file:
+        torch.save(states | {"random": generator.get_state(), "step": step, "loss": loss}, file)
+
+
+def resume_training(checkpoint, stateful, generator):
+    """Bring everything to where the checkpoint stands, if there is one: (steps done, running loss)."""
+    if not checkpoint.exists():
+        return 0, None
+    states = load_checkpoint(checkpoint)
+    for name, thing in stateful.items():
+        thing.load_state_dict(states[name])
+    generator.set_state(states["random"])
+    return states["step"], states["loss"]
+
+
+def noise_scheduler():
+    return DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
 
 def save_pipeline(denoiser, vae, folder):
     """Write a DiTPipeline in half precision, as the real one is run."""
-    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
-    pipeline = DiTPipeline(transformer=denoiser.cpu(), vae=vae.cpu(), scheduler=scheduler)
+    pipeline = DiTPipeline(transformer=denoiser.cpu(), vae=vae.cpu(), scheduler=noise_scheduler())
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
@@ -189,7 +217,8 @@ def main():
         vae = train_vae(device, args.vae_steps)
         vae.save_pretrained(family_folder / "vae")
     print(f"autoencoder: {vae_psnr(vae):.1f} dB on real digits")
-    denoiser, loss = train_dit(vae, args.steps, args.batch_size, args.lr, args.ema_decay)
+    checkpoint = args.outdir / f"{args.family}.training.pt"
+    denoiser, loss = train_dit(vae, args.steps, args.batch_size, args.lr, args.ema_decay, checkpoint)
     print(f"denoiser: loss {loss:.4f}")
     save_pipeline(denoiser, vae, family_folder)
 

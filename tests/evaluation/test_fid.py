@@ -45,7 +45,7 @@ def test_equals_clean_fid(folders):
 def test_by_hand():
     features = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
     mean, covariance = fid.statistics(features)
-    assert fid.distance(features, (mean + [3, 4], covariance)) == pytest.approx(25)
+    assert fid.distance(features, (np.add(mean, [3, 4]), covariance)) == pytest.approx(25)
 
 
 def test_reference_is_read_once(folders, monkeypatch):

@@ -1,0 +1,31 @@
+"""What a figure was measured on, and where it is kept."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy", "scikit-learn", "diffusers")}
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def write_result(name, result):
+    """Write `benchmarks/results/<name>.json`, the machine included."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": describe_machine(), **result}, indent=1) + "\n")
+    print(path)
+
+
+def _cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
