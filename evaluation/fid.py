@@ -82,8 +82,8 @@ def distance(features, reference):
 
 
 def reference_statistics(folder, extractor, device):
-    """Statistics of a reference folder, computed once and cached by extractor, file names, sizes and times."""
-    path = cache_folder() / "fid" / f"{_folder_key(folder, extractor)}.npz"
+    """Statistics of a reference folder, computed once and cached by extractor and `folder_key`."""
+    path = cache_folder() / "fid" / f"{extractor.name}-{folder_key(folder)}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
             return stored["mean"], stored["covariance"]
@@ -115,9 +115,10 @@ def digit_reference_folder():
     return folder
 
 
-def _folder_key(folder, extractor):
-    digest = hashlib.sha256(extractor.name.encode())
+def folder_key(folder, times=True):
+    """A hash of the names, sizes and (`times`) modification times of the images below `folder`."""
+    digest = hashlib.sha256()
     for file in image_files(folder):
         info = os.stat(file)
-        digest.update(f"{os.path.relpath(file, folder)} {info.st_size} {info.st_mtime_ns}\n".encode())
+        digest.update(f"{os.path.relpath(file, folder)} {info.st_size} {times and info.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]

@@ -17,9 +17,16 @@ from quant.storage import atomic_write
 log = logging.getLogger("qua2sedimo")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, as every other bad input is said."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
 def parser_for(family, stage, description):
     """A parser with the flags that every stage has."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"{family.name}_{stage}.py", description=f"{family.title}: {description}", allow_abbrev=False
     )
     parser.add_argument("--model_id", default=family.model_id, help="Hub id, local folder, or `embedded` (works offline)")

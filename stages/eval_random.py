@@ -41,8 +41,7 @@ LABEL_FLAGS = (
     "a_l",
     "a_u",
     "published_noise",
-    "reference",
-    "multi_chkpt",
+    "reference_key",
 )
 
 
@@ -90,6 +89,7 @@ def parse_args(family):
     if args.reference is None:
         embedded = is_embedded(family, args.model_id)
         args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
+    args.reference_key = fid.folder_key(args.reference, times=False)
     return args
 
 
@@ -99,11 +99,9 @@ def check_same_run(args, settings):
         return
     before = OmegaConf.load(settings)
     for flag in LABEL_FLAGS:
-        now = getattr(args, flag)
-        now = str(now) if isinstance(now, Path) else now
-        if before.get(flag) != now:
+        if before.get(flag) != getattr(args, flag):
             raise InputError(
-                f"{args.outdir}: its labels were made with --{flag} {before.get(flag)}, not {now}; "
+                f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag)}; "
                 "give the same flags to go on, or another --outdir"
             )
 

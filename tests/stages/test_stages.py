@@ -148,7 +148,7 @@ def test_keep_samples(mq, tmp_path, run_script):
         (eval_random, ("--reference", "nowhere"), "nowhere: no such folder"),
         (eval_random, ("--a_l", "0.8", "--a_u", "0.2"), "--a_l 0.8 is above --a_u 0.2"),
         (eval_random, ("--a_l", "-1"), "not between 0 and 1"),
-        (eval_random, ("--outdir", "{labels}", "--seed", "43"), "made with --seed 42, not 43"),
+        (eval_random, ("--outdir", "{labels}", "--seed", "43"), "made with seed 42, not 43"),
         (multiquantizer, ("--res", "1024"), "--res 1024: embedded makes images of 64 px"),
     ],
 )
@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(stage, flags, message, labels, mq, tmp_path, run_
     code, printed = run_script(stage, "dit", *[item for pair in merged.items() for item in pair])
     assert code == 2
     assert message in printed and "Traceback" not in printed
-    assert printed.strip().splitlines()[-1].startswith(("error:", "dit_"))
+    assert printed.strip().splitlines()[-1].startswith("error:")
 
 
 def test_another_familys_configuration(labels, mq, tmp_path, run_script):
