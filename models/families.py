@@ -79,7 +79,7 @@ FAMILIES = {
                 label_guidance=1.5,
                 num_classes=10,
                 class_ids=tuple(range(10)),
-                q_config="uniform:kmeans_all-4",
+                q_config="uniform:mse-4",
             ),
         ),
     ]

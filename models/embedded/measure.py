@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10_000, 20_000])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
-    parser.add_argument("--output", type=Path, help="also write the result there, and a sheet of digits beside it")
+    parser.add_argument("--output", type=Path, help="also write the result there, and a sheet of digits, digits.png, beside it")
     args = parser.parse_args()
     row = FAMILIES[args.family].embedded
     guidances = args.guidances or [row.label_guidance, row.guidance]
@@ -107,7 +107,7 @@ def main():
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         rows = shown[:100].reshape(5, 20, *shown.shape[1:])
         sheet = np.concatenate([np.concatenate(list(line), axis=1) for line in rows])
-        save_png(sheet, args.output.with_suffix(".png"))
+        save_png(sheet, args.output.parent / "digits.png")
 
 
 if __name__ == "__main__":

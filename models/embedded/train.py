@@ -127,7 +127,6 @@ def train_dit(vae, steps, batch_size, lr, ema_decay, checkpoint):
     """
     torch.manual_seed(0)
     device = vae.device
-    generator = torch.Generator(device).manual_seed(0)
     latents, labels = encode_digits(vae, placements=48)
     latents, labels = latents * vae.config.scaling_factor, labels.to(device)
     alphas = noise_scheduler().alphas_cumprod.to(device)
@@ -139,15 +138,14 @@ def train_dit(vae, steps, batch_size, lr, ema_decay, checkpoint):
         optimizer, max_lr=lr, total_steps=steps, pct_start=0.03, final_div_factor=100
     )
     stateful = {"denoiser": denoiser, "average": average, "optimizer": optimizer, "schedule": schedule}
-    first, running = resume_training(checkpoint, stateful, generator)
+    first, running = resume_training(checkpoint, stateful, device)
     for step in (progress := tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=5)):
-        pick = torch.randint(len(latents), (batch_size,), device=device, generator=generator)
+        pick = torch.randint(len(latents), (batch_size,), device=device)
         clean, label = latents[pick], labels[pick]  # [B, 4, 8, 8], [B]
-        dropped = torch.rand(batch_size, device=device, generator=generator) < LABEL_DROP
-        label = torch.where(dropped, NULL_CLASS, label)
-        timestep = torch.randint(len(alphas), (batch_size,), device=device, generator=generator)
+        label = torch.where(torch.rand(batch_size, device=device) < LABEL_DROP, NULL_CLASS, label)
+        timestep = torch.randint(len(alphas), (batch_size,), device=device)
         alpha = alphas[timestep].view(-1, 1, 1, 1)
-        noise = torch.randn(clean.shape, device=device, generator=generator)
+        noise = torch.randn_like(clean)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         output = denoiser(noisy, timestep=timestep, class_labels=label).sample  # [B, 8, 8, 8]
         loss = F.mse_loss(output[:, :4], noise)
@@ -160,26 +158,31 @@ def train_dit(vae, steps, batch_size, lr, ema_decay, checkpoint):
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % CHECKPOINT_STEPS == 0:
-            save_training(checkpoint, stateful, generator, step + 1, running)
+            save_training(checkpoint, stateful, device, step + 1, running)
     checkpoint.unlink(missing_ok=True)
     return unshare(average), running
 
 
-def save_training(checkpoint, stateful, generator, step, loss):
+def save_training(checkpoint, stateful, device, step, loss):
     states = {name: thing.state_dict() for name, thing in stateful.items()}
     with atomic_write(checkpoint) as file:
-        torch.save(states | {"random": generator.get_state(), "step": step, "loss": loss}, file)
+        torch.save(states | {"random": random_module(device).get_rng_state(), "step": step, "loss": loss}, file)
 
 
-def resume_training(checkpoint, stateful, generator):
+def resume_training(checkpoint, stateful, device):
     """Bring everything to where the checkpoint stands, if there is one: (steps done, running loss)."""
     if not checkpoint.exists():
         return 0, None
     states = load_checkpoint(checkpoint)
     for name, thing in stateful.items():
         thing.load_state_dict(states[name])
-    generator.set_state(states["random"])
+    random_module(device).set_rng_state(states["random"])
     return states["step"], states["loss"]
+
+
+def random_module(device):
+    """The module whose random state the device draws from."""
+    return torch.cuda if device.type == "cuda" else torch
 
 
 def noise_scheduler():
