@@ -19,8 +19,20 @@ def load(path):
 
 
 def save(rows, path):
-    """Write all rows, with exactly the published keys, in place of the old file or not at all."""
-    save_pickle([{key: row[key] for key in KEYS} for row in rows], path)
+    """Write all rows, with exactly the published keys, in place of the old file or not at all.
+
+    Equal rows give equal bytes, whether they were read from a file or measured just now.
+    """
+    save_pickle(_share_strings([{key: row[key] for key in KEYS} for row in rows], {}), path)
+
+
+def _share_strings(data, seen):
+    """A copy in which equal strings are one object: pickle writes an object again only by reference."""
+    if isinstance(data, dict):
+        return {seen.setdefault(key, key): _share_strings(value, seen) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_share_strings(value, seen) for value in data]
+    return seen.setdefault(data, data) if isinstance(data, str) else data
 
 
 def best(rows):

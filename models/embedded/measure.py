@@ -97,7 +97,9 @@ def main():
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10_000, 20_000])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
-    parser.add_argument("--output", type=Path, help="also write the result there, and a sheet of digits, digits.png, beside it")
+    parser.add_argument(
+        "--output", type=Path, help="also write the result there, and a sheet of digits, digits.png, beside it"
+    )
     args = parser.parse_args()
     row = FAMILIES[args.family].embedded
     guidances = args.guidances or [row.label_guidance, row.guidance]

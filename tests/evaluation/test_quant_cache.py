@@ -22,6 +22,16 @@ def test_exactly_the_published_keys(tmp_path):
     assert quant_cache.load(path) == [ROW]
 
 
+def test_equal_rows_give_equal_bytes(tmp_path):
+    """A cache that was read and written again, with a row added, is the one written in one go."""
+    path, whole = tmp_path / "resumed.pkl", tmp_path / "whole.pkl"
+    second = ROW | {"config": {"model.a.weight_quantizer": ["mse-" + str(4), 16, 4, 0.5]}}
+    quant_cache.save([ROW], path)
+    quant_cache.save([*quant_cache.load(path), second], path)
+    quant_cache.save([ROW, second], whole)
+    assert path.read_bytes() == whole.read_bytes()
+
+
 def test_starts_empty(tmp_path):
     assert quant_cache.load(tmp_path / "nothing.pkl") == []
 
