@@ -14,7 +14,7 @@ EMBEDDED := --model_id embedded
 
 demo: .venv/installed
 	$(BIN)/python scripts/dit_multiquantizer.py $(EMBEDDED)
-	$(BIN)/python scripts/dit_eval_random.py $(EMBEDDED) --outdir demo/labels --num_archs 6 --n_imgs 250 --batch_size 125
+	$(BIN)/python scripts/dit_eval_random.py $(EMBEDDED) --outdir demo/labels --num_archs 10 --n_imgs 500 --batch_size 100
 	$(BIN)/python scripts/dit_infer.py $(EMBEDDED) --outdir demo/images --n_imgs 20 --pack \
 		--q_config demo/labels/quant_cache.pkl:best
 	@echo; cat demo/labels/results.txt

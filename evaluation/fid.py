@@ -50,16 +50,19 @@ class DigitFeatures:
 
 
 def folder_features(folder, extractor, device, batch_size=64):
-    """Features [N, F] of the images below `folder`, in sorted order."""
-    return clean_fid.get_files_features(
-        image_files(folder),
-        extractor.model,
-        num_workers=0,
-        batch_size=batch_size,
-        device=device,
-        custom_fn_resize=extractor.resize,
-        verbose=False,
-    )
+    """Features [N, F] of the images below `folder`, in sorted order; InputError names an unreadable one."""
+    try:
+        return clean_fid.get_files_features(
+            image_files(folder),
+            extractor.model,
+            num_workers=0,
+            batch_size=batch_size,
+            device=device,
+            custom_fn_resize=extractor.resize,
+            verbose=False,
+        )
+    except OSError as reason:
+        raise InputError(f"{folder}: {reason}") from None
 
 
 def image_files(folder):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from models.layers import find_slots, free_keys
-from quant import published
+from quant import methods, published
 from quant.entries import fingerprint, fit_entry
 from quant.storage import atomic_write, load_checkpoint
 
@@ -38,6 +38,7 @@ def build(denoiser, family, path):
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
     keys = free_keys(slots)
+    methods.fit(torch.rand(2, 4))  # compiles the kernels, so that the time left is right from the start
     saved = time.monotonic()
     with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
         for number, key in enumerate(keys, start=1):

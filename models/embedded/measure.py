@@ -1,8 +1,8 @@
 """Measure an embedded pipeline: `python -m models.embedded.measure dit`.
 
 Prints, as the README beside the pipeline holds them: how many of 1,000 generated digits a classifier
-trained on real ones takes for their label, and how image quality falls with plain UAQ at 4 and 3
-bits, from the same noise, over three seeds.
+trained on real ones takes for their label, and how image quality falls when all weights take one
+method (plain UAQ at 4 and 3 bits by default), from the same noise, over three seeds.
 """
 
 import argparse
@@ -21,8 +21,6 @@ from models.layers import find_slots
 from models.pipelines import denoiser_of, load_pipeline
 from quant import config, methods, modules
 from quant.multiquantizer import slot_weight
-
-UNIFORM = (None, "mse-4", "mse-3")  # None is full precision
 
 
 def make_digits(pipeline, row, count, seed, guidance, batch_size=100):
@@ -47,7 +45,7 @@ def digit_fid(digits, extractor, reference):
     return fid.distance(features, reference)
 
 
-def measure(family, count, seeds, guidances):
+def measure(family, count, seeds, guidances, uniform):
     device = torch.device("cpu")
     row = family.embedded
     pipeline = load_pipeline(family, "embedded", device)
@@ -68,7 +66,7 @@ def measure(family, count, seeds, guidances):
         "quality": [],
     }
     originals = {}
-    for method in UNIFORM:
+    for method in (None, *uniform):  # None is full precision
         config.restore(layers)
         for key, layer in layers.items():
             if method is not None:
@@ -100,10 +98,11 @@ def main():
     parser.add_argument(
         "--output", type=Path, help="also write the result there, and a sheet of digits, digits.png, beside it"
     )
+    parser.add_argument("--methods", nargs="+", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
     args = parser.parse_args()
     row = FAMILIES[args.family].embedded
     guidances = args.guidances or [row.label_guidance, row.guidance]
-    result, shown = measure(FAMILIES[args.family], args.count, args.seeds, guidances)
+    result, shown = measure(FAMILIES[args.family], args.count, args.seeds, guidances, args.methods)
     print(json.dumps({key: value for key, value in result.items() if key != "quality"}, indent=1))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -71,6 +71,12 @@ def test_folder_without_images(tmp_path):
         fid.image_files(tmp_path / "nothing")
 
 
+def test_damaged_image_is_named(folders):
+    (folders[0] / "broken.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+
+
 @pytest.mark.skipif(not REAL_PHOTOS.exists(), reason="no real photos here")
 def test_finds_photos_in_class_folders():
     assert len(fid.image_files(REAL_PHOTOS)) == 100
