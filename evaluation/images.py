@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 
 def noise_generators(seed, indices, published_noise=False):
@@ -14,16 +15,24 @@ def noise_generators(seed, indices, published_noise=False):
 
 
 @torch.no_grad()
-def generate(pipeline, conditions, generators, steps, guidance):
-    """Images (uint8 [N, H, W, 3]) of the conditions, {name of a pipeline argument: list of N}."""
-    images = pipeline(
-        **conditions,
-        generator=generators,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="np",
-    ).images
-    return (images * 255).round().astype(np.uint8)
+def generate(pipeline, class_ids, settings, name, keep_bar=True):
+    """Yield an image (uint8 [H, W, 3]) of each class in `class_ids`, a batch at a time.
+
+    `settings` has seed, steps, guidance, batch_size and, if it likes, published_noise.
+    """
+    with tqdm(total=len(class_ids), desc=name, unit="img", leave=keep_bar) as progress:
+        for first in range(0, len(class_ids), settings.batch_size):
+            labels = class_ids[first : first + settings.batch_size]
+            indices = range(first, first + len(labels))
+            images = pipeline(
+                class_labels=labels,
+                generator=noise_generators(settings.seed, indices, getattr(settings, "published_noise", False)),
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                output_type="np",
+            ).images
+            yield from (images * 255).round().astype(np.uint8)
+            progress.update(len(labels))
 
 
 def save_png(image, path):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from errors import InputError
 from models.layers import find_slots, free_keys
 from quant import methods, published
-from quant.entries import fingerprint, fit_entry
+from quant.entries import fingerprint, fit_entry, is_entry
 from quant.storage import atomic_write, load_checkpoint
 
 FORMAT = "qua2sedimo multiquantizer"
@@ -73,7 +73,11 @@ def check_ties(denoiser, slots, family):
 def _resume(partial, family):
     if not partial.exists():
         return {}
-    entries = _read(load_checkpoint(partial), partial, family)
+    try:
+        entries = _read(load_checkpoint(partial), partial, family)
+    except InputError as reason:
+        tqdm.write(f"starting anew: {reason}")
+        return {}
     tqdm.write(f"going on from {partial}: {len(entries)} layers are done")
     return entries
 
@@ -128,8 +132,12 @@ def check_fits(entries, path, denoiser, slots, family):
 def _read(content, path, family):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a multiquantizer")
-    if content["version"] != VERSION:
-        raise InputError(f"{path}: multiquantizer version {content['version']}, this program reads {VERSION}")
-    if content["family"] != family.name:
-        raise InputError(f"{path}: a multiquantizer of {content['family']}, not of {family.name}")
-    return content["slots"]
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: multiquantizer version {content.get('version')}, this program reads {VERSION}")
+    if content.get("family") != family.name:
+        raise InputError(f"{path}: a multiquantizer of {content.get('family')}, not of {family.name}")
+    entries = content.get("slots")
+    damaged = [key for key, entry in entries.items() if not is_entry(entry)] if isinstance(entries, dict) else ["slots"]
+    if damaged:
+        raise InputError(f"{path}: damaged multiquantizer ({damaged[0]}); make it anew")
+    return entries

@@ -14,7 +14,7 @@ from bops.bops import tera_bops
 from bops.macs import count_macs
 from errors import InputError
 from evaluation import fid, quant_cache
-from evaluation.images import generate, noise_generators, save_png
+from evaluation.images import generate, save_png
 from models.inputs import denoiser_inputs
 from models.layers import find_slots
 from models.pipelines import defaults, denoiser_of, is_embedded, load_pipeline, meta_denoiser, pick_device
@@ -144,23 +144,13 @@ class Labeller:
         folder = self.args.outdir / "samples" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.write_images(folder, name)
+        class_ids = [index % self.num_classes for index in range(self.args.n_imgs)]
+        for index, image in enumerate(generate(self.pipeline, class_ids, self.args, name, keep_bar=False)):
+            save_png(image, folder / f"{index:05d}.png")
         value = fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)
         if not self.args.keep_samples:
             shutil.rmtree(folder)
         return value
-
-    def write_images(self, folder, name):
-        args = self.args
-        with tqdm(total=args.n_imgs, desc=name, unit="img", leave=False) as progress:
-            for first in range(0, args.n_imgs, args.batch_size):
-                indices = range(first, min(first + args.batch_size, args.n_imgs))
-                conditions = {"class_labels": [index % self.num_classes for index in indices]}
-                generators = noise_generators(args.seed, indices, args.published_noise)
-                images = generate(self.pipeline, conditions, generators, args.steps, args.guidance)
-                for index, image in zip(indices, images, strict=True):
-                    save_png(image, folder / f"{index:05d}.png")
-                progress.update(len(indices))
 
 
 def measure_full_precision(labeller, path):

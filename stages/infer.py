@@ -5,11 +5,10 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from errors import InputError
 from evaluation.contact_sheet import contact_sheet
-from evaluation.images import generate, noise_generators, save_png
+from evaluation.images import generate, save_png
 from models.layers import find_slots
 from models.pipelines import defaults, denoiser_of, load_pipeline, pick_device
 from quant import config, modules, multiquantizer
@@ -36,6 +35,7 @@ def main(family):
     description = config.describe(configuration, slots, entries, family.precision_bits)
     avg_bits = config.avg_bits(description, family.precision_bits)
 
+    class_ids = [args.cls_id[index % len(args.cls_id)] for index in range(args.n_imgs)]
     folder = make_run_folder(args.outdir)
     start_log(folder)
     save_settings(args, folder / "sampling_config.yaml")
@@ -43,12 +43,13 @@ def main(family):
     layers = modules.install(denoiser, family)
     rows = []
     if not args.no_compare:
-        rows.append((f"full precision, {family.precision_bits} bits", make_images(pipeline, args, "full precision")))
+        images = np.stack(list(generate(pipeline, class_ids, args, "full precision")))
+        rows.append((f"full precision, {family.precision_bits} bits", images))
     config.apply(configuration, layers, slots, entries)
     if args.pack:
         config.pack(configuration, layers, slots, entries)
         log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(denoiser):,}")
-    images = make_images(pipeline, args, "quantized")
+    images = np.stack(list(generate(pipeline, class_ids, args, "quantized")))
     rows.append((f"{args.q_config}, {avg_bits:.2f} bits", images))
     for index, image in enumerate(images):
         save_png(image, folder / "samples" / f"{index:03d}.png")
@@ -95,16 +96,3 @@ def make_run_folder(outdir):
         folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     (folder / "samples").mkdir(parents=True)
     return folder
-
-
-def make_images(pipeline, args, name):
-    """All images [n_imgs, H, W, 3] of the weights in force; image i starts from seed + i."""
-    batches = []
-    with tqdm(total=args.n_imgs, desc=name, unit="img") as progress:
-        for first in range(0, args.n_imgs, args.batch_size):
-            indices = range(first, min(first + args.batch_size, args.n_imgs))
-            conditions = {"class_labels": [args.cls_id[index % len(args.cls_id)] for index in indices]}
-            generators = noise_generators(args.seed, indices)
-            batches.append(generate(pipeline, conditions, generators, args.steps, args.guidance))
-            progress.update(len(indices))
-    return np.concatenate(batches)

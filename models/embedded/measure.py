@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation import fid
-from evaluation.images import generate, noise_generators, save_png
+from evaluation.images import generate, save_png
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.layers import find_slots
@@ -23,15 +23,11 @@ from quant import config, methods, modules
 from quant.multiquantizer import slot_weight
 
 
-def make_digits(pipeline, row, count, seed, guidance, batch_size=100):
+def make_digits(pipeline, row, count, seed, guidance):
     """`count` digits (uint8 [count, 64, 64, 3]), 0 to 9 in turn."""
-    batches = []
-    for first in tqdm(range(0, count, batch_size), leave=False, unit="batch"):
-        indices = range(first, min(first + batch_size, count))
-        labels = [index % row.num_classes for index in indices]
-        generators = noise_generators(seed, indices)
-        batches.append(generate(pipeline, {"class_labels": labels}, generators, row.steps, guidance))
-    return np.concatenate(batches)
+    settings = argparse.Namespace(seed=seed, steps=row.steps, guidance=guidance, batch_size=100)
+    class_ids = [index % row.num_classes for index in range(count)]
+    return np.stack(list(generate(pipeline, class_ids, settings, "digits", keep_bar=False)))
 
 
 def accuracy(classifier, digits):

@@ -1,4 +1,7 @@
+from argparse import Namespace
+
 import numpy as np
+import pytest
 import torch
 
 from evaluation.contact_sheet import contact_sheet
@@ -14,12 +17,13 @@ def test_noise_is_each_images_own():
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], first)
 
 
-def test_batch_size_changes_no_image(family):
+@pytest.mark.parametrize("published_noise", [False, True])
+def test_batch_size_changes_no_image(family, published_noise):
     pipeline = load_pipeline(family, "embedded", torch.device("cpu"))
-    together = generate(pipeline, {"class_labels": [0, 1, 2]}, noise_generators(1, [0, 1, 2]), 3, 2.0)
-    alone = [generate(pipeline, {"class_labels": [i]}, noise_generators(1, [i]), 3, 2.0)[0] for i in range(3)]
-    assert together.shape == (3, 64, 64, 3) and together.dtype == np.uint8
-    assert np.abs(together.astype(int) - np.stack(alone)).max() <= 1  # a rounding at most
+    settings = Namespace(seed=1, steps=3, guidance=2.0, published_noise=published_noise)
+    runs = [list(generate(pipeline, [0, 1, 2], Namespace(**vars(settings), batch_size=size), "")) for size in (3, 1)]
+    assert len(runs[0]) == 3 and runs[0][0].shape == (64, 64, 3) and runs[0][0].dtype == np.uint8
+    assert np.abs(np.stack(runs[0]).astype(int) - np.stack(runs[1])).max() <= 1  # a rounding at most
 
 
 def test_contact_sheet_holds_every_image():

@@ -70,6 +70,32 @@ def test_foreign_files_are_refused(built, tmp_path, denoiser, family, change, me
         multiquantizer.load(tmp_path / "foreign.pt", denoiser, family)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.update(slots=[1, 2]),
+        lambda content: content["slots"].update({key_of("proj_out_1"): "text"}),
+        lambda content: content["slots"][key_of("proj_out_1")].pop("fingerprint"),
+        lambda content: content["slots"][key_of("proj_out_1")]["parameters"].pop("kmeans-3"),
+        lambda content: content["slots"][key_of("proj_out_1")]["parameters"]["mse-4"].update(scale=torch.ones(3)),
+        lambda content: content["slots"][key_of("proj_out_1")]["parameters"]["kmeans_all-4"].update(
+            centroids=torch.ones(2, 8)
+        ),
+    ],
+)
+def test_damaged_files_are_refused(built, tmp_path, denoiser, family, damage):
+    content = torch.load(built[0], weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "damaged.pt")
+    with pytest.raises(InputError, match=r"damaged\.pt: damaged multiquantizer"):
+        multiquantizer.load(tmp_path / "damaged.pt", denoiser, family)
+
+
+def test_damaged_checkpoint_starts_anew(tmp_path, denoiser, family):
+    (tmp_path / "mq.pt.partial").write_bytes(b"nothing of use")
+    assert len(multiquantizer.build(denoiser, family, tmp_path / "mq.pt")) == 19
+
+
 def test_missing_file_says_how_to_make_it(tmp_path, denoiser, family):
     with pytest.raises(InputError, match=r"dit_multiquantizer\.py"):
         multiquantizer.load(tmp_path / "none.pt", denoiser, family)
