@@ -6,6 +6,7 @@ method (plain UAQ at 4 and 3 bits by default), from the same noise, over three s
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from models.embedded.classifier import classify, held_out_accuracy, load_classif
 from models.families import FAMILIES
 from models.layers import find_slots
 from models.pipelines import denoiser_of, load_pipeline
-from quant import config, methods, modules
+from quant import methods, modules
 from quant.multiquantizer import slot_weight
 
 
@@ -41,48 +42,41 @@ def digit_fid(digits, extractor, reference):
     return fid.distance(features, reference)
 
 
-def measure(family, count, seeds, guidances, uniform):
-    device = torch.device("cpu")
-    row = family.embedded
-    pipeline = load_pipeline(family, "embedded", device)
+class Judge:
+    """What judges digits: the classifier, and the statistics of the real ones in its features."""
+
+    def __init__(self):
+        device = torch.device("cpu")
+        self.classifier, self.extractor = load_classifier(), fid.DigitFeatures(device)
+        self.reference = fid.reference_statistics(fid.digit_reference_folder(), self.extractor, device)
+
+    def judge(self, digits, originals):
+        """FID, share classified as their label, and mean squared change from the full-precision pictures."""
+        change = (digits.astype(np.float32) - originals) / 255
+        return {
+            "fid": round(digit_fid(digits, self.extractor, self.reference), 3),
+            "accuracy": round(accuracy(self.classifier, digits), 4),
+            "mean_squared_change": round(float((change**2).mean()), 5),
+        }
+
+
+def measure_methods(pipeline, family, args, judge):
+    """A line for full precision and for each method on all weights, per guidance and seed."""
     denoiser = denoiser_of(pipeline, family)
     slots = find_slots(denoiser, family)
     parameters = {key: methods.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
     layers = modules.install(denoiser, family)
-    classifier, extractor = load_classifier(), fid.DigitFeatures(device)
-    reference = fid.reference_statistics(fid.digit_reference_folder(), extractor, device)
-
-    shown = make_digits(pipeline, row, count, seeds[0], row.guidance)
-    result = {
-        "classifier_accuracy_on_held_out_real_digits": round(held_out_accuracy(classifier), 4),
-        "digits": count,
-        "steps": row.steps,
-        "guidance": row.guidance,
-        "digits_classified_as_their_label": round(accuracy(classifier, shown), 4),
-        "quality": [],
-    }
     originals = {}
-    for method in (None, *uniform):  # None is full precision
-        config.restore(layers)
+    for method in (None, *args.methods):  # None is full precision
         for key, layer in layers.items():
-            if method is not None:
-                layer.set_method(method, parameters[key][method])
-        for guidance in guidances:
-            for seed in seeds:
-                digits = make_digits(pipeline, row, count, seed, guidance)
-                original = originals.setdefault((guidance, seed), digits)
-                change = (digits.astype(np.float32) - original) / 255
-                line = {
-                    "weights": method or "full precision",
-                    "guidance": guidance,
-                    "seed": seed,
-                    "fid": round(digit_fid(digits, extractor, reference), 3),
-                    "accuracy": round(accuracy(classifier, digits), 4),
-                    "mean_squared_change": round(float((change**2).mean()), 5),
-                }
-                tqdm.write(json.dumps(line))
-                result["quality"].append(line)
-    return result, shown
+            layer.set_method(method, method and parameters[key][method])
+        for guidance, seed in itertools.product(args.guidances, args.seeds):
+            digits = make_digits(pipeline, family.embedded, args.count, seed, guidance)
+            original = originals.setdefault((guidance, seed), digits)
+            line = {"weights": method or "full precision", "guidance": guidance, "seed": seed}
+            line |= judge.judge(digits, original)
+            tqdm.write(json.dumps(line))
+            yield line
 
 
 def main():
@@ -96,10 +90,21 @@ def main():
     )
     parser.add_argument("--methods", nargs="+", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
     args = parser.parse_args()
-    row = FAMILIES[args.family].embedded
-    guidances = args.guidances or [row.label_guidance, row.guidance]
-    result, shown = measure(FAMILIES[args.family], args.count, args.seeds, guidances, args.methods)
-    print(json.dumps({key: value for key, value in result.items() if key != "quality"}, indent=1))
+    family = FAMILIES[args.family]
+    row, judge = family.embedded, Judge()
+    args.guidances = args.guidances or [row.label_guidance, row.guidance]
+
+    pipeline = load_pipeline(family, "embedded", torch.device("cpu"))
+    shown = make_digits(pipeline, row, args.count, args.seeds[0], row.guidance)
+    result = {
+        "classifier_accuracy_on_held_out_real_digits": round(held_out_accuracy(judge.classifier), 4),
+        "digits": args.count,
+        "steps": row.steps,
+        "guidance": row.guidance,
+        "digits_classified_as_their_label": round(accuracy(judge.classifier, shown), 4),
+    }
+    print(json.dumps(result, indent=1))
+    result["quality"] = list(measure_methods(pipeline, family, args, judge))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         rows = shown[:100].reshape(5, 20, *shown.shape[1:])
