@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from errors import InputError
+from quant.config import ROW_NUMBERS, is_row
 from quant.storage import load_pickle, save_pickle
 
-KEYS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops", "config")
+KEYS = (*ROW_NUMBERS, "config")
 
 
 def load(path):
@@ -13,7 +14,7 @@ def load(path):
     if not Path(path).exists():
         return []
     rows = load_pickle(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEYS) <= row.keys() for row in rows):
+    if not isinstance(rows, list) or not all(is_row(row) for row in rows):
         raise InputError(f"{path}: not a list of labelled configurations; move it away to start anew")
     return rows
 
@@ -33,8 +34,3 @@ def _share_strings(data, seen):
     if isinstance(data, list):
         return [_share_strings(value, seen) for value in data]
     return seen.setdefault(data, data) if isinstance(data, str) else data
-
-
-def best(rows):
-    """The row with the lowest FID."""
-    return min(rows, key=lambda row: row["FID-GT-1k"])

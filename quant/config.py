@@ -1,13 +1,16 @@
 """A quantization configuration: {key: method} for every weight slot of a denoiser."""
 
+import math
+import re
+
 import numpy as np
 
 from errors import InputError
 from models.layers import free_keys
-from quant.methods import BITS, METHODS, fp_size_bytes, quantized_size_bytes
+from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
 from quant.storage import load_pickle, save_pickle
 
-ALGORITHMS = tuple(dict.fromkeys(method.algorithm for method in METHODS.values()))
+ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
 UNIFORM = "uniform:"
 
 
@@ -94,14 +97,24 @@ def _from_file(spec):
     return {key: value[0] if isinstance(value, list) and value else value for key, value in content.items()}
 
 
+def is_row(row):
+    """Whether `row`, read from a file, is a labelled configuration (see evaluation/quant_cache.py)."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), int | float) for name in ROW_NUMBERS)
+        and isinstance(row.get("config"), dict)
+        and all(isinstance(value, list) and len(value) == 4 for value in row["config"].values())
+    )
+
+
 def _pick_row(rows, path, row):
-    if not rows or not all(isinstance(r, dict) and "config" in r and "FID-GT-1k" in r for r in rows):
+    if not rows or not all(is_row(r) for r in rows):
         raise InputError(f"{path}: not a list of labelled configurations")
     if row is None:
         raise InputError(f"{path}: holds {len(rows)} labelled configurations; add :best or :<number> to choose one")
     if row == "best":
-        return min(rows, key=lambda r: r["FID-GT-1k"])["config"]
-    if not row.isdigit() or not 1 <= int(row) <= len(rows):
+        return min(rows, key=lambda r: (math.isnan(r["FID-GT-1k"]), r["FID-GT-1k"]))["config"]
+    if not re.fullmatch(r"[0-9]{1,9}", row) or not 1 <= int(row) <= len(rows):
         raise InputError(f"{path}:{row}: no such row; it has rows 1 to {len(rows)}, and :best")
     return rows[int(row) - 1]["config"]
 

@@ -1,6 +1,7 @@
 """A slot's entry in a multiquantizer: all that six quantizers need beside the float weight."""
 
 import hashlib
+import math
 
 import torch
 
@@ -28,21 +29,25 @@ def is_entry(entry):
     try:
         shape = torch.Size(entry["shape"])
         return isinstance(entry["fingerprint"], str) and all(
-            isinstance(entry["errors"][name], float) and _are_parameters(name, entry["parameters"][name], shape)
-            for name in methods.METHODS
+            math.isfinite(entry["errors"][name]) and _are_parameters(method, entry["parameters"][name], shape)
+            for name, method in methods.METHODS.items()
         )
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         return False
 
 
-def _are_parameters(name, parameters, shape):
-    """Whether the tensors are one number, or one ascending list of centroids, per channel or slot."""
-    channels = [] if methods.METHODS[name].algorithm == "kmeans_all" else [shape[0]]
-    names = methods.decoding_parameters(name)
-    if names == ("centroids",):
-        centroids = parameters["centroids"]
-        return list(centroids.shape[:-1]) == channels and 1 <= centroids.shape[-1] <= 2 ** methods.METHODS[name].bits
-    return all(list(parameters[n].shape) == channels for n in names)
+def _are_parameters(method, parameters, shape):
+    """Whether the tensors are finite, one scale and zero point per channel or one ascending list of centroids."""
+    channels = () if method.algorithm == "kmeans_all" else (shape[0],)
+    if method.algorithm == "mse":
+        scale, zero_point = parameters["scale"], parameters["zero_point"]
+        integer = not zero_point.is_floating_point() and not zero_point.is_complex()
+        fits = scale.is_floating_point() and integer and scale.shape == zero_point.shape == channels
+        return fits and bool(scale.isfinite().all() and (scale > 0).all())
+    centroids = parameters["centroids"]
+    fits = centroids.is_floating_point() and centroids.ndim == len(channels) + 1 and centroids.shape[:-1] == channels
+    few = 1 <= centroids.shape[-1] <= 2**method.bits
+    return fits and few and bool(centroids.isfinite().all() and (centroids.diff(dim=-1) >= 0).all())
 
 
 def fingerprint(weight):

@@ -4,7 +4,8 @@ Clusters of sorted values are intervals, so the optimum is found by dynamic prog
 each interval begins (Wang and Song, 2011; Gronlund et al., 2017). The best start of the last
 interval never moves left as values are added, so each row of the table is filled by divide and
 conquer: O(k n log n) for n values, and the one table holds the optimum for every k up to its
-height. Paper: Section 3, "K-Means-C" and "K-Means-A".
+height. Sums are in double precision: exact wherever outliers are less than about a million times as
+far out as their channel's clusters are wide. Paper: Section 3, "K-Means-C" and "K-Means-A".
 """
 
 import numba
@@ -60,6 +61,8 @@ def dequantize(codes, centroids):
 
 def _to_float64(tensor):
     array = tensor.detach().cpu().double().numpy()
+    if not array.size:
+        raise ValueError("the weight is empty; K-Means cannot be fitted to it")
     if not np.isfinite(array).all():
         raise ValueError("the weight has NaN or infinite values; K-Means cannot be fitted to it")
     return array

@@ -14,23 +14,19 @@ from quant import kmeans, uaq
 
 @dataclass(frozen=True)
 class Method:
-    """One quantizer; `name` is its word on disk (`mse-4`), `label` the paper's."""
+    """One quantizer; `name` is its word on disk, such as `mse-4`."""
 
-    algorithm: str  # mse, kmeans or kmeans_all
+    algorithm: str
     bits: int
 
     @property
     def name(self):
         return f"{self.algorithm}-{self.bits}"
 
-    @property
-    def label(self):
-        return f"{ALGORITHM_LABELS[self.algorithm]} {self.bits}-bit"
 
-
-ALGORITHM_LABELS = {"mse": "UAQ", "kmeans": "K-Means-C", "kmeans_all": "K-Means-A"}
+ALGORITHMS = ("mse", "kmeans", "kmeans_all")  # UAQ, K-Means-C, K-Means-A
 BITS = (4, 3)
-METHODS = {m.name: m for m in (Method(algorithm, b) for algorithm in ALGORITHM_LABELS for b in BITS)}
+METHODS = {m.name: m for m in (Method(algorithm, b) for algorithm in ALGORITHMS for b in BITS)}
 
 
 def fit(weight):
@@ -46,7 +42,9 @@ def fit(weight):
 
 def _fit_uaq(weight, bits):
     scale, zero_point = uaq.fit(weight, bits)
-    return {"scale": storable_scale(scale, weight.dtype), "zero_point": whole_numbers(zero_point)}
+    stored = storable_scale(scale, weight.dtype)
+    # A scale that rounding moves far (a subnormal one) must not move the channel's offset with it.
+    return {"scale": stored, "zero_point": whole_numbers((zero_point * scale / stored).round())}
 
 
 def storable_scale(scale, dtype):

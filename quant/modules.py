@@ -33,6 +33,8 @@ class QuantLayer:
     @torch.no_grad()
     def set_method(self, name, parameters=None):
         """Put the weight under the method `name`; None puts the float weight back."""
+        if self.is_packed:
+            raise RuntimeError("this layer is packed: its float weight is gone; load the model again")
         if name is None:
             self.weight.copy_(self.original)
         else:
@@ -64,8 +66,12 @@ class QuantLayer:
         return methods.dequantize(self.method, codes.view(self.packed_shape), self._buffers).to(dtype)
 
     def _apply(self, fn, recurse=True):
-        """Follow the layer to another device, but keep the original's precision through any cast."""
+        """Follow the layer to another device, but keep what weights are computed from through any cast."""
+        names = methods.decoding_parameters(self.method) if self.is_packed else ()
+        exact = {name: self._buffers[name] for name in names}
         super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            self._buffers[name] = tensor.to(self.codes.device)
         if not self.is_packed:
             self.original = self.original.to(self.weight.device)
         return self

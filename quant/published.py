@@ -30,10 +30,11 @@ def _convert_slot(content, path, key, weight):
         tensor = content.get(f"{key}.quant_params.{name}")
         if tensor is None:
             raise InputError(f"{path}: has no {name} for {key}")
-        tensor = tensor.to(weight.device)
         read = _read_uaq if method.algorithm == "mse" else _read_kmeans
         try:
-            parameters[name] = read(tensor, weight, method)
+            if not torch.is_tensor(tensor) or not tensor.is_floating_point() or not tensor.ndim:
+                raise ValueError("is not a tensor of weights")
+            parameters[name] = read(tensor.to(weight.device), weight, method)
         except ValueError as reason:
             raise InputError(f"{path}: {name} of {key} {reason}") from None
     return make_entry(weight, parameters)

@@ -64,6 +64,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as reason:  # truncated archives and forbidden pickles raise many types
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: not a readable checkpoint of tensors, numbers and strings alone") from None
+    except Exception as reason:  # truncated archives raise many types
         first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
         raise InputError(f"{path}: not a readable checkpoint ({first_line[:160]})") from None

@@ -26,6 +26,9 @@ def fit(weight, bits):
     rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # [C, n]
     if not rows.isfinite().all():
         raise ValueError("the weight has NaN or infinite values; UAQ cannot be fitted to it")
+    # A power of two per channel takes the |w - w'|^2.4 of very large or small weights back into range.
+    exponent = rows.abs().amax(dim=1).frexp().exponent  # [C]
+    rows = torch.ldexp(rows, -exponent[:, None])
     low, high = rows.aminmax(dim=1)  # [C], [C]
     best_error = torch.full_like(low, torch.inf)
     scale, zero_point = torch.ones_like(low), torch.zeros_like(low)
@@ -39,7 +42,7 @@ def fit(weight, bits):
         zero_point = torch.where(better, new_zero, zero_point)
     constant = low == high
     scale = torch.where(constant & (low != 0), low.abs(), scale)
-    return scale, torch.where(constant, (low < 0).to(scale.dtype), zero_point)
+    return torch.ldexp(scale, exponent), torch.where(constant, (low < 0).to(scale.dtype), zero_point)
 
 
 def quantize(weight, scale, zero_point, bits):

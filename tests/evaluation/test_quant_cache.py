@@ -36,7 +36,7 @@ def test_starts_empty(tmp_path):
     assert quant_cache.load(tmp_path / "nothing.pkl") == []
 
 
-@pytest.mark.parametrize("content", [{}, [1], [{"config": {}}]])
+@pytest.mark.parametrize("content", [{}, [1], [{"config": {}}], [ROW | {"FID-GT-1k": None}], [ROW | {"config": {"a": []}}]])
 def test_other_pickles_are_refused(tmp_path, content):
     path = tmp_path / "quant_cache.pkl"
     path.write_bytes(pickle.dumps(content))

@@ -111,6 +111,18 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized, dit_inputs)
     assert modules.weight_bytes(denoiser) < float_bytes / 4
 
 
+def test_packed_weights_survive_a_cast(quantized):
+    denoiser, layers, slots, entries = quantized
+    configuration = config.uniform(slots, "mse-4")
+    config.apply(configuration, layers, slots, entries)
+    expected = weights_of(layers)
+    config.pack(configuration, layers, slots, entries)
+    denoiser.to(torch.bfloat16).to(torch.float32)
+    assert all(torch.equal(layers[key].effective_weight(torch.float32), expected[key]) for key in layers)
+    with pytest.raises(RuntimeError, match="packed"):
+        config.apply(config.uniform(slots, "mse-3"), layers, slots, entries)
+
+
 def test_a_cast_keeps_the_original_exact(quantized):
     denoiser, layers, slots, entries = quantized
     before = {key: layer.original.clone() for key, layer in layers.items()}

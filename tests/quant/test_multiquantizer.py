@@ -70,6 +70,13 @@ def test_foreign_files_are_refused(built, tmp_path, denoiser, family, change, me
         multiquantizer.load(tmp_path / "foreign.pt", denoiser, family)
 
 
+def damage_parameter(method, name, value):
+    def damage(content):
+        content["slots"][key_of("proj_out_1")]["parameters"][method][name] = value
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -77,10 +84,13 @@ def test_foreign_files_are_refused(built, tmp_path, denoiser, family, change, me
         lambda content: content["slots"].update({key_of("proj_out_1"): "text"}),
         lambda content: content["slots"][key_of("proj_out_1")].pop("fingerprint"),
         lambda content: content["slots"][key_of("proj_out_1")]["parameters"].pop("kmeans-3"),
-        lambda content: content["slots"][key_of("proj_out_1")]["parameters"]["mse-4"].update(scale=torch.ones(3)),
-        lambda content: content["slots"][key_of("proj_out_1")]["parameters"]["kmeans_all-4"].update(
-            centroids=torch.ones(2, 8)
-        ),
+        lambda content: content["slots"][key_of("proj_out_1")]["errors"].update({"mse-3": "text"}),
+        damage_parameter("mse-4", "scale", torch.ones(3)),
+        damage_parameter("mse-4", "scale", torch.full([32], torch.nan)),
+        damage_parameter("mse-4", "zero_point", torch.ones(32)),
+        damage_parameter("kmeans-4", "centroids", torch.ones(32, 40)),
+        damage_parameter("kmeans-3", "centroids", torch.arange(32 * 8.0).flip(0).view(32, 8)),
+        damage_parameter("kmeans_all-4", "centroids", torch.ones(2, 8)),
     ],
 )
 def test_damaged_files_are_refused(built, tmp_path, denoiser, family, damage):

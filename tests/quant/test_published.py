@@ -87,6 +87,14 @@ def test_other_weights_and_missing_keys_are_refused(published_file, family, tmp_
         multiquantizer.load(tmp_path / "other.pt", denoiser, family)
 
 
+@pytest.mark.parametrize("value", ["text", torch.tensor(1.0), torch.ones(32, 16).int()])
+def test_other_values_are_refused(published_file, family, tmp_path, value):
+    _, content, denoiser = published_file
+    torch.save(content | {"model.proj_out_1.weight_quantizer.quant_params.mse-3": value}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"mse-3 of model\.proj_out_1.* is not a tensor of weights"):
+        multiquantizer.load(tmp_path / "odd.pt", denoiser, family)
+
+
 def test_published_bytes_by_hand(published_file, family):
     """The estimate is what the tensors of a real published-format file take."""
     _, content, denoiser = published_file

@@ -56,6 +56,14 @@ def test_any_shape(shape):
     assert restored.shape == weight.shape and (restored - weight).abs().mean() < 0.2
 
 
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e17])
+def test_any_magnitude(factor):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * factor
+    scale, zero_point = uaq.fit(weight, 4)
+    restored = uaq.dequantize(uaq.quantize(weight, scale, zero_point, 4), scale, zero_point)
+    assert (restored / factor - weight / factor).abs().mean() < 0.15
+
+
 def test_error_by_hand():
     weight, quantized = torch.zeros(2, 4), torch.tensor([[1.0, 0, 0, 0], [2.0, 2.0, 0, 0]])
     assert uaq.mean_error(weight, quantized).tolist() == pytest.approx([1 / 4, 2 * 2**2.4 / 4])
