@@ -4,8 +4,10 @@ The embedded models are judged by a small digit classifier instead of the Incept
 clean-fid's own hook for another feature extractor.
 """
 
+import contextlib
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from cleanfid import fid as clean_fid
 from cleanfid.utils import EXTENSIONS
 
 from errors import InputError
+from evaluation.images import save_png
+from models.embedded.classifier import load_classifier
+from models.embedded.digits import reference_pictures
 from quant.storage import atomic_write
 
 
@@ -36,12 +41,10 @@ class InceptionFeatures:
 class DigitFeatures:
     """The embedded digit classifier's 64 features of an image."""
 
-    name = "digits"
-
     def __init__(self, device):
-        from models.embedded.classifier import load_classifier
-
         classifier = load_classifier(device)
+        weights = b"".join(value.cpu().numpy().tobytes() for value in classifier.state_dict().values())
+        self.name = f"digits-{hashlib.sha256(weights).hexdigest()[:8]}"  # another training, other statistics
         self.model = lambda batch: classifier.features(batch / 255)
 
     @staticmethod
@@ -61,8 +64,8 @@ def folder_features(folder, extractor, device, batch_size=64):
             custom_fn_resize=extractor.resize,
             verbose=False,
         )
-    except OSError as reason:
-        raise InputError(f"{folder}: {reason}") from None
+    except (OSError, ValueError, RuntimeError) as reason:  # unreadable, not an image, or of another size
+        raise InputError(f"{folder}: an image cannot be used ({str(reason).splitlines()[0]})") from None
 
 
 def image_files(folder):
@@ -87,10 +90,13 @@ def distance(features, reference):
 def reference_statistics(folder, extractor, device):
     """Statistics of a reference folder, computed once and cached by extractor and `folder_key`."""
     path = cache_folder() / "fid" / f"{extractor.name}-{folder_key(folder)}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            return stored["mean"], stored["covariance"]
-    mean, covariance = statistics(folder_features(folder, extractor, device))
+    unusable = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)  # none yet, or damaged
+    with unusable, np.load(path, allow_pickle=False) as stored:
+        return stored["mean"], stored["covariance"]
+    features = folder_features(folder, extractor, device)
+    if len(features) < 2:
+        raise InputError(f"{folder}: one image has no spread to compare with; FID needs many")
+    mean, covariance = statistics(features)
     with atomic_write(path) as file:
         np.savez(file, mean=mean, covariance=covariance)
     return mean, covariance
@@ -103,15 +109,11 @@ def cache_folder():
 
 def digit_reference_folder():
     """A folder with the real digits as PNG files, drawn on first use."""
-    from models.embedded.digits import reference_pictures
-
     pictures = reference_pictures()
     digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
     folder = cache_folder() / f"digits-{digest}"
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        from evaluation.images import save_png
-
         for index, picture in enumerate(pictures):
             save_png(picture, folder / f"{index:04d}.png")
         (folder / "complete").touch()

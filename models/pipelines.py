@@ -32,8 +32,8 @@ def pick_device(name=None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as reason:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as reason:
         raise InputError(f"--device {name}: {str(reason).splitlines()[0]}") from None
     return device
 
@@ -48,7 +48,7 @@ def load_pipeline(family, model_id, device):
     try:
         with _quiet():
             pipeline = pipeline_class.from_pretrained(folder, dtype=family.dtype)
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise InputError(_why_not_loaded(family, model_id, reason)) from None
     if not isinstance(pipeline, pipeline_class):
         raise InputError(f"{model_id}: holds a {type(pipeline).__name__}, {family.title} needs a {family.pipeline}")
@@ -61,6 +61,12 @@ def load_pipeline(family, model_id, device):
 
 def denoiser_of(pipeline, family):
     return getattr(pipeline, family.denoiser)
+
+
+def native_resolution(pipeline, family):
+    """Pixels per side that the pipeline's denoiser is made for."""
+    latent_pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return denoiser_of(pipeline, family).config.sample_size * latent_pixels
 
 
 def meta_denoiser(denoiser):
@@ -84,7 +90,7 @@ def _quiet():
 
 def _why_not_loaded(family, model_id, reason):
     if Path(model_id).is_dir():
-        first_line = str(reason).strip().splitlines()[0]
+        first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         return f"{model_id}: this folder is not a {family.pipeline} in diffusers format ({first_line[:200]})"
     return (
         f"{family.title}: {model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub; "

@@ -9,6 +9,7 @@ the float weights. It is a plain dict that loads with `torch.load(weights_only=T
 Tied weights are stored once, under the key of the slot that they share. Paper: Section 3.
 """
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -100,11 +101,7 @@ def load(path, denoiser, family):
     A file in the published format is converted. Raises InputError for a missing, damaged or foreign
     file and, naming the layer, for one made from other weights.
     """
-    if not Path(path).exists():
-        raise InputError(
-            f"{path}: no such multiquantizer; make it with `python scripts/{family.name}_multiquantizer.py` "
-            "(and the same --model_id), or name another with --multi_chkpt"
-        )
+    check_exists(path, family)
     content = load_checkpoint(path)
     slots = find_slots(denoiser, family)
     if published.is_published(content):
@@ -112,6 +109,21 @@ def load(path, denoiser, family):
     entries = _read(content, path, family)
     check_fits(entries, path, denoiser, slots, family)
     return entries
+
+
+def check_exists(path, family):
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such multiquantizer; make it with `python scripts/{family.name}_multiquantizer.py` "
+            "(and the same --model_id), or name another with --multi_chkpt"
+        )
+
+
+def file_key(path, family):
+    """A hash of the file's bytes."""
+    check_exists(path, family)
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def check_fits(entries, path, denoiser, slots, family):

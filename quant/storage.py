@@ -45,12 +45,16 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def load_pickle(path):
     """The plain Python data in the pickle at `path`; anything else in it is refused unexecuted."""
+    _check_is_file(path)
     try:
         return _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as reason:  # a damaged pickle can raise almost anything
         raise InputError(f"{path}: not a readable pickle ({reason})") from None
+
+
+def _check_is_file(path):
+    if not Path(path).is_file():
+        raise InputError(f"{str(path) or 'an empty name'}: no such file")
 
 
 def save_pickle(data, path):
@@ -60,10 +64,9 @@ def save_pickle(data, path):
 
 def load_checkpoint(path):
     """The tensors, numbers and strings in the torch file at `path`; never runs code from it."""
+    _check_is_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path}: not a readable checkpoint of tensors, numbers and strings alone") from None
     except Exception as reason:  # truncated archives raise many types

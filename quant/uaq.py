@@ -27,7 +27,7 @@ def fit(weight, bits):
     if not rows.isfinite().all():
         raise ValueError("the weight has NaN or infinite values; UAQ cannot be fitted to it")
     # A power of two per channel takes the |w - w'|^2.4 of very large or small weights back into range.
-    exponent = rows.abs().amax(dim=1).frexp().exponent  # [C]
+    exponent = rows.abs().amax(dim=1).frexp().exponent.clamp(-100, 100)  # [C]
     rows = torch.ldexp(rows, -exponent[:, None])
     low, high = rows.aminmax(dim=1)  # [C], [C]
     best_error = torch.full_like(low, torch.inf)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 import time
 import warnings
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from errors import InputError
 from models.families import FAMILIES
-from models.pipelines import is_embedded
+from models.pipelines import is_embedded, native_resolution
 from quant.storage import atomic_write
 
 log = logging.getLogger("qua2sedimo")
@@ -31,7 +32,7 @@ def parser_for(family, stage, description):
     )
     parser.add_argument("--model_id", default=family.model_id, help="Hub id, local folder, or `embedded` (works offline)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; default: CUDA where there is one, else the CPU")
-    parser.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    parser.add_argument("--seed", type=seed, default=42, help="seed of everything random")
     return parser
 
 
@@ -40,8 +41,28 @@ def add_multi_chkpt(parser, family):
 
 
 def multiquantizer_path(family, model_id):
-    """Where a model's multiquantizer stands by default."""
-    return Path("multiquantizers") / f"{family.name}{'_embedded' if is_embedded(family, model_id) else ''}_mq.pt"
+    """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own."""
+    if model_id == family.model_id:
+        suffix = ""
+    else:
+        suffix = "_embedded" if is_embedded(family, model_id) else f"_{Path(model_id).name}"
+    return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
+
+
+def seed(text):
+    """Type of a flag that seeds random numbers."""
+    number = int(text)
+    if not 0 <= number < 2**62:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 2^62")
+    return number
+
+
+def finite(text):
+    """Type of a flag that is an ordinary number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def at_least(least):
@@ -56,10 +77,14 @@ def at_least(least):
     return count
 
 
-def check_resolution(args, row):
-    """Raise InputError if --res is not the resolution that the model is made for."""
-    if args.res not in (None, row.resolution):
-        raise InputError(f"--res {args.res}: {args.model_id} makes images of {row.resolution} px only")
+def check_fits_model(args, pipeline, family):
+    """Raise InputError if --res or --steps is not for this model."""
+    own = native_resolution(pipeline, family)
+    if getattr(args, "res", None) not in (None, own):
+        raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")
+    longest = pipeline.scheduler.config.num_train_timesteps
+    if getattr(args, "steps", 1) > longest:
+        raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
 
 
 def share(text):
@@ -93,7 +118,7 @@ def run_stage(stage, family_name):
     start = time.monotonic()
     try:
         stage(FAMILIES[family_name])
-    except InputError as reason:
+    except (InputError, OSError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

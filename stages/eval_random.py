@@ -1,11 +1,12 @@
 """Stage 2: draw random configurations and label each with its size, error, BOPs and FID."""
 
+import contextlib
 import json
 import shutil
 import time
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,6 +24,8 @@ from quant.storage import atomic_write
 from stages.common import (
     add_multi_chkpt,
     at_least,
+    check_fits_model,
+    finite,
     log,
     multiquantizer_path,
     parser_for,
@@ -41,15 +44,21 @@ LABEL_FLAGS = (
     "a_l",
     "a_u",
     "published_noise",
-    "reference_key",
+    "reference_key",  # what is in the folder of --reference
+    "multiquantizer_key",  # what is in the file of --multi_chkpt
 )
 
 
 def main(family):
     args = parse_args(family)
+    device = pick_device(args.device)
+    if args.reference is None:
+        embedded = is_embedded(family, args.model_id)
+        args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
+    args.reference_key = fid.folder_key(args.reference, times=False)
+    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     settings = args.outdir / "sampling_config.yaml"
     check_same_run(args, settings)
-    device = pick_device(args.device)
     start_log(args.outdir)
     # The reference first, in case it fails.
     extractor = fid.DigitFeatures(device) if is_embedded(family, args.model_id) else fid.InceptionFeatures(device)
@@ -70,9 +79,14 @@ def parse_args(family):
     parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_random_seed42"), help="folder of the results")
     parser.add_argument("--num_archs", type=at_least(1), default=500, help="configurations to label")
     parser.add_argument("--n_imgs", type=at_least(2), default=1000, help="images per configuration")
-    parser.add_argument("--batch_size", type=at_least(1), default=25, help="images generated together; changes no label")
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=25,
+        help="images generated together; changes labels by float rounding at most",
+    )
     parser.add_argument("--steps", type=at_least(1), help="sampler steps; default the model's")
-    parser.add_argument("--guidance", type=float, help="guidance scale; default the model's for labelling")
+    parser.add_argument("--guidance", type=finite, help="guidance scale; default the model's for labelling")
     parser.add_argument("--a_l", type=share, default=0.0, help="least expected share of 3-bit weights")
     parser.add_argument("--a_u", type=share, default=1.0, help="largest expected share of 3-bit weights")
     parser.add_argument("--reference", type=Path, help="folder of real images; default the one in constants.py")
@@ -86,24 +100,33 @@ def parse_args(family):
     args.steps = args.steps or row.steps
     args.guidance = row.label_guidance if args.guidance is None else args.guidance
     args.multi_chkpt = args.multi_chkpt or multiquantizer_path(family, args.model_id)
-    if args.reference is None:
-        embedded = is_embedded(family, args.model_id)
-        args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
-    args.reference_key = fid.folder_key(args.reference, times=False)
     return args
 
 
 def check_same_run(args, settings):
     """Refuse to mix labels made under other flags into one cache."""
     if not settings.exists():
+        if (args.outdir / "quant_cache.pkl").exists():
+            raise InputError(f"{args.outdir}: has labels but no {settings.name} that says how they were made")
         return
-    before = OmegaConf.load(settings)
+    before = read_settings(settings)
     for flag in LABEL_FLAGS:
         if before.get(flag) != getattr(args, flag):
             raise InputError(
                 f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag)}; "
                 "give the same flags to go on, or another --outdir"
             )
+
+
+def read_settings(path):
+    """The flags that a run was started with, as `save_settings` wrote them."""
+    try:
+        settings = OmegaConf.load(path)
+    except Exception as reason:  # the YAML reader raises many types
+        settings = type(reason).__name__
+    if not isinstance(settings, DictConfig) or "seed" not in settings:
+        raise InputError(f"{path}: damaged; move it and the labels beside it away, or give another --outdir")
+    return settings
 
 
 class Labeller:
@@ -113,6 +136,7 @@ class Labeller:
         self.family, self.args, self.device = family, args, device
         self.extractor, self.reference = extractor, reference
         self.pipeline = load_pipeline(family, args.model_id, device)
+        check_fits_model(args, self.pipeline, family)
         denoiser = denoiser_of(self.pipeline, family)
         self.slots = find_slots(denoiser, family)
         self.entries = multiquantizer.load(args.multi_chkpt, denoiser, family)
@@ -155,12 +179,15 @@ class Labeller:
 
 def measure_full_precision(labeller, path):
     """The full-precision row without its configuration, measured once and stored in `path`."""
-    if not path.exists():
-        row = labeller.label(None, "full_precision")
-        del row["config"]
-        with atomic_write(path) as file:
-            file.write(json.dumps(row, indent=1).encode())
-    return json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        row = json.loads(path.read_text())
+        if isinstance(row, dict) and config.is_row(row | {"config": {}}):
+            return row
+    row = labeller.label(None, "full_precision")
+    del row["config"]
+    with atomic_write(path) as file:
+        file.write(json.dumps(row, indent=1).encode())
+    return row
 
 
 def label_configurations(labeller, args):

@@ -15,7 +15,8 @@ from quant import config, modules, multiquantizer
 from stages.common import (
     add_multi_chkpt,
     at_least,
-    check_resolution,
+    check_fits_model,
+    finite,
     log,
     multiquantizer_path,
     parser_for,
@@ -28,6 +29,7 @@ def main(family):
     args = parse_args(family)
     device = pick_device(args.device)
     pipeline = load_pipeline(family, args.model_id, device)
+    check_fits_model(args, pipeline, family)
     denoiser = denoiser_of(pipeline, family)
     slots = find_slots(denoiser, family)
     configuration = config.load(args.q_config, slots)
@@ -68,15 +70,14 @@ def parse_args(family):
     parser.add_argument("--n_imgs", type=at_least(1), help="number of images; default one per class")
     parser.add_argument("--res", type=int, help="resolution in pixels; must be the model's own")
     parser.add_argument("--steps", type=at_least(1), help="sampler steps; default the model's")
-    parser.add_argument("--guidance", type=float, help="guidance scale; default the model's")
-    parser.add_argument("--batch_size", type=at_least(1), default=25, help="images generated together; changes no image")
+    parser.add_argument("--guidance", type=finite, help="guidance scale; default the model's")
+    parser.add_argument("--batch_size", type=at_least(1), default=25, help="images generated together")
     parser.add_argument("--no_compare", action="store_true", help="leave out the full-precision images")
     parser.add_argument("--pack", action="store_true", help="hold weights as packed 4/3-bit codes; less memory, slower")
     add_multi_chkpt(parser, family)
     args = parser.parse_args()
     row = defaults(family, args.model_id)
-    check_resolution(args, row)
-    args.q_config = args.q_config or row.q_config
+    args.q_config = row.q_config if args.q_config is None else args.q_config
     args.cls_id = args.cls_id or list(row.class_ids)
     args.n_imgs = args.n_imgs or len(args.cls_id)
     args.steps = args.steps or row.steps

@@ -3,9 +3,10 @@
 import time
 from pathlib import Path
 
-from models.pipelines import defaults, denoiser_of, load_pipeline, pick_device
+from errors import InputError
+from models.pipelines import denoiser_of, load_pipeline, pick_device
 from quant import multiquantizer, published
-from stages.common import check_resolution, multiquantizer_path, parser_for
+from stages.common import check_fits_model, multiquantizer_path, parser_for
 
 
 def main(family):
@@ -13,10 +14,13 @@ def main(family):
     parser.add_argument("--res", type=int, help="resolution in pixels; the weights do not depend on it")
     parser.add_argument("--output", type=Path, help=f"file to write; default multiquantizers/{family.name}_mq.pt")
     args = parser.parse_args()
-    check_resolution(args, defaults(family, args.model_id))
     path = args.output or multiquantizer_path(family, args.model_id)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the long work, in case it fails
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a folder")
 
     pipeline = load_pipeline(family, args.model_id, pick_device(args.device))
+    check_fits_model(args, pipeline, family)
     denoiser = denoiser_of(pipeline, family)
     start = time.monotonic()
     entries = multiquantizer.build(denoiser, family, path)

@@ -77,6 +77,34 @@ def test_damaged_image_is_named(folders):
         fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
 
 
+def test_sizes_that_do_not_match(folders):
+    save_png(np.zeros((32, 48, 3), np.uint8), folders[0] / "other.png")
+    with pytest.raises(InputError, match="an image cannot be used"):
+        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+
+
+def test_one_image_is_too_few(tmp_path):
+    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "only.png")
+    with pytest.raises(InputError, match="one image"):
+        fid.reference_statistics(tmp_path, fid.DigitFeatures(CPU), CPU)
+
+
+def test_damaged_statistics_are_computed_again(folders):
+    extractor = fid.DigitFeatures(CPU)
+    first = fid.reference_statistics(folders[0], extractor, CPU)
+    for path in (fid.cache_folder() / "fid").iterdir():
+        path.write_bytes(b"nothing of use")
+    assert np.array_equal(first[0], fid.reference_statistics(folders[0], extractor, CPU)[0])
+
+
+def test_another_classifier_has_its_own_statistics(monkeypatch):
+    name = fid.DigitFeatures(CPU).name
+    other = load_classifier()
+    other.head.weight.data.mul_(2)
+    monkeypatch.setattr(fid, "load_classifier", lambda device: other)
+    assert fid.DigitFeatures(CPU).name != name
+
+
 @pytest.mark.skipif(not REAL_PHOTOS.exists(), reason="no real photos here")
 def test_finds_photos_in_class_folders():
     assert len(fid.image_files(REAL_PHOTOS)) == 100

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, U
 
 from errors import InputError
 from models.embedded.train import build_vae
-from models.pipelines import defaults, is_embedded, load_pipeline, pick_device
+from models.pipelines import defaults, is_embedded, load_pipeline, native_resolution, pick_device
+from stages.common import multiquantizer_path
 
 CPU = torch.device("cpu")
 
@@ -81,9 +82,28 @@ def test_another_pipeline(family, tmp_path):
         load_pipeline(family, str(tmp_path / "ddpm"), CPU)
 
 
-def test_bad_device():
-    with pytest.raises(InputError, match="--device nonsense"):
-        pick_device("nonsense")
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:77"])
+def test_bad_device(name):
+    with pytest.raises(InputError, match=f"--device {name}"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{"])
+def test_a_damaged_index(family, local_folder, tmp_path, index):
+    folder = tmp_path / "damaged"
+    shutil.copytree(local_folder, folder)
+    (folder / "model_index.json").write_text(index)
+    with pytest.raises(InputError, match="damaged"):
+        load_pipeline(family, str(folder), CPU)
+
+
+def test_resolution_is_the_models_own(family, local_folder):
+    assert native_resolution(load_pipeline(family, str(local_folder), CPU), family) == 64
+
+
+def test_every_model_has_its_own_multiquantizer(family):
+    names = [multiquantizer_path(family, m).name for m in (family.model_id, "embedded", "facebook/DiT-XL-2-256")]
+    assert names == ["dit_mq.pt", "dit_embedded_mq.pt", "dit_DiT-XL-2-256_mq.pt"]
 
 
 def test_vae_halves_three_times():

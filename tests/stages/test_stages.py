@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,43 @@ def test_more_configurations_go_on_from_the_old_ones(labels, mq, tmp_path, run_s
     assert both[:1] == first and both == quant_cache.load(labels / "quant_cache.pkl")[:2]
 
 
+def test_labels_of_another_multiquantizer_do_not_mix(labels, mq, tmp_path, run_script):
+    shutil.copytree(labels, tmp_path / "labels")
+    content = torch.load(mq, weights_only=True)
+    next(iter(content["slots"].values()))["errors"]["mse-4"] *= 2
+    torch.save(content, tmp_path / "other.pt")
+    flags = (*EVAL, "--multi_chkpt", tmp_path / "other.pt", "--outdir", tmp_path / "labels", "--num_archs", 4)
+    code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 2 and "multiquantizer_key" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sampling_config.yaml", None, "no sampling_config.yaml that says how"),
+        ("sampling_config.yaml", b"", "sampling_config.yaml: damaged"),
+        ("sampling_config.yaml", b"- a\n- b", "sampling_config.yaml: damaged"),
+        ("sampling_config.yaml", b"\x00\xff{", "sampling_config.yaml: damaged"),
+        ("quant_cache.pkl", pickle.dumps([{"config": []}]), "quant_cache.pkl: not a list of labelled"),
+    ],
+)
+def test_damage_beside_the_labels_is_one_line(labels, mq, tmp_path, run_script, name, content, message):
+    folder = tmp_path / "labels"
+    shutil.copytree(labels, folder)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    code, printed = run_script(eval_random, "dit", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+    assert code == 2 and message in printed and "Traceback" not in printed
+
+
+def test_damaged_full_precision_row_is_measured_again(labels, mq, tmp_path, run_script):
+    folder = tmp_path / "labels"
+    shutil.copytree(labels, folder)
+    before = (folder / "full_precision.json").read_text()
+    (folder / "full_precision.json").write_text("{")
+    assert run_script(eval_random, "dit", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)[0] == 0
+    assert (folder / "full_precision.json").read_text() == before
+
+
 def test_infer(labels, mq, tmp_path, run_script):
     spec = f"{labels / 'quant_cache.pkl'}:best"
     flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--q_config", spec, "--steps", 2, "--n_imgs", 3)
@@ -154,6 +192,13 @@ def test_keep_samples(mq, tmp_path, run_script):
         (infer, ("--multi_chkpt", "{root}/README.md"), "README.md: not a readable checkpoint"),
         (infer, ("--device", "cuda:77"), "--device cuda:77"),
         (infer, ("--model_id", "facebook/nothing-here"), "`--model_id embedded` works offline"),
+        (infer, ("--steps", "1001"), "--steps 1001: embedded has 1000 noise levels"),
+        (infer, ("--seed", "-1"), "--seed: -1 is not between 0 and 2^62"),
+        (infer, ("--outdir", "{root}/README.md"), "README.md"),
+        (infer, ("--q_config", ""), "no such file"),
+        (eval_random, ("--guidance", "nan"), "--guidance: nan is not a finite number"),
+        (eval_random, ("--outdir", "{root}/README.md"), "README.md"),
+        (multiquantizer, ("--output", "{root}/bops"), "bops: is a folder"),
         (eval_random, ("--n_imgs", "1"), "--n_imgs: 1 is not at least 2"),
         (eval_random, ("--reference", "{root}/bops"), "bops: holds no images"),
         (eval_random, ("--reference", "nowhere"), "nowhere: no such folder"),
