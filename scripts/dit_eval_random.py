@@ -1,7 +1,7 @@
 """Draw random quantization configurations of DiT-XL/2 and label each with size, error, BOPs and FID.
 
 python scripts/dit_eval_random.py --outdir dit_random_seed42
-python scripts/dit_eval_random.py --outdir dit_random_seed42 --model_id embedded --num_archs 10 --n_imgs 250
+python scripts/dit_eval_random.py --outdir dit_embedded_random --model_id embedded --num_archs 10 --n_imgs 250
 """
 
 from stages import eval_random
