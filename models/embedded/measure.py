@@ -88,7 +88,7 @@ def main():
     parser.add_argument(
         "--output", type=Path, help="also write the result there, and a sheet of digits, digits.png, beside it"
     )
-    parser.add_argument("--methods", nargs="+", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
+    parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
     args = parser.parse_args()
     family = FAMILIES[args.family]
     row, judge = family.embedded, Judge()
