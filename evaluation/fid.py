@@ -11,11 +11,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from cleanfid import features as clean_features
 from cleanfid import fid as clean_fid
 from cleanfid.utils import EXTENSIONS
 
-from errors import InputError
+from errors import InputError, first_line
 from evaluation.images import save_png
 from models.embedded.classifier import load_classifier
 from models.embedded.digits import reference_pictures
@@ -64,8 +65,10 @@ def folder_features(folder, extractor, device, batch_size=64):
             custom_fn_resize=extractor.resize,
             verbose=False,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError) as reason:  # unreadable, not an image, or of another size
-        raise InputError(f"{folder}: an image cannot be used ({str(reason).splitlines()[0]})") from None
+        raise InputError(f"{folder}: an image cannot be used ({first_line(reason)})") from None
 
 
 def image_files(folder):

@@ -9,7 +9,6 @@ import torch
 class Embedded:
     """What differs for the small trained pipeline in `models/embedded/<family>`, run by `--model_id embedded`."""
 
-    resolution: int  # pixels
     steps: int
     guidance: float  # shows the best pictures
     label_guidance: float  # full precision has the lowest FID
@@ -27,7 +26,7 @@ class Family:
     denoiser: str  # attribute of the pipeline
     dtype: torch.dtype  # precision P of the weights
     scheduler: str | None  # class in diffusers that replaces the pipeline's own
-    resolution: int  # pixels, of inference and of the BOPs
+    resolution: int  # published pixels per side, of inference and of the BOPs
     steps: int
     guidance: float
     label_guidance: float
@@ -73,7 +72,6 @@ FAMILIES = {
             fp_weights=716_986_368,
             num_keys=255,
             embedded=Embedded(
-                resolution=64,
                 steps=20,
                 guidance=2.5,
                 label_guidance=1.5,

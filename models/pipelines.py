@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from errors import InputError
+from errors import InputError, first_line
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -22,7 +22,7 @@ def is_embedded(family, model_id):
 
 
 def defaults(family, model_id):
-    """The row of steps, guidance, resolution and the like that fits the model: embedded or real."""
+    """The row of steps, guidance, classes and the like that fits the model: embedded or real."""
     return family.embedded if is_embedded(family, model_id) else family
 
 
@@ -34,7 +34,7 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as reason:
-        raise InputError(f"--device {name}: {str(reason).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {first_line(reason)}") from None
     return device
 
 
@@ -90,8 +90,7 @@ def _quiet():
 
 def _why_not_loaded(family, model_id, reason):
     if Path(model_id).is_dir():
-        first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        return f"{model_id}: this folder is not a {family.pipeline} in diffusers format ({first_line[:200]})"
+        return f"{model_id}: this folder is not a {family.pipeline} in diffusers format ({first_line(reason)})"
     return (
         f"{family.title}: {model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub; "
         "give a folder or Hub id with --model_id; `--model_id embedded` works offline"

@@ -18,7 +18,7 @@ def draw_random(slots, seed, index, a_l=0.0, a_u=1.0):
     """Random configuration number `index` of the run `seed`; depends on nothing else.
 
     The share of 3-bit weights p is uniform in [a_l, a_u]; each slot is 3-bit with probability p and
-    takes one of the three algorithms at random. Paper: Section 4, "sampling".
+    takes one of the three algorithms at random. (Mills et al., 2025.)
     """
     rng = np.random.default_rng([seed, index])
     keys = free_keys(slots)

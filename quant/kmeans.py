@@ -5,7 +5,8 @@ each interval begins (Wang and Song, 2011; Gronlund et al., 2017). The best star
 interval never moves left as values are added, so each row of the table is filled by divide and
 conquer: O(k n log n) for n values, and the one table holds the optimum for every k up to its
 height. Sums are in double precision: exact wherever outliers are less than about a million times as
-far out as their channel's clusters are wide. Paper: Section 3, "K-Means-C" and "K-Means-A".
+far out as their channel's clusters are wide. The two grains are those of
+Mills et al. (2025).
 """
 
 import numba

@@ -58,6 +58,12 @@ class QuantLayer:
     def is_packed(self):
         return "codes" in self._buffers
 
+    @property
+    def weight_bytes(self):
+        if not self.is_packed:
+            return self.weight.nbytes
+        return sum(self._buffers[name].nbytes for name in ("codes", *methods.decoding_parameters(self.method)))
+
     def effective_weight(self, dtype):
         """The weight to compute with: as it stands, or decoded from the packed codes."""
         if not self.is_packed:
@@ -113,9 +119,4 @@ def install(denoiser, family):
 
 def weight_bytes(denoiser):
     """Bytes that the quantizable weights take now: codes and what decodes them once packed."""
-    layers = [layer for layer in denoiser.modules() if isinstance(layer, QuantLayer)]
-    packed = [layer for layer in layers if layer.is_packed]
-    names = [("codes", *methods.decoding_parameters(layer.method)) for layer in packed]
-    held = [layer._buffers[name] for layer, some in zip(packed, names, strict=True) for name in some]
-    held += [layer.weight for layer in layers if not layer.is_packed]
-    return sum(tensor.nbytes for tensor in held)
+    return sum(layer.weight_bytes for layer in denoiser.modules() if isinstance(layer, QuantLayer))

@@ -6,7 +6,7 @@ the float weights. It is a plain dict that loads with `torch.load(weights_only=T
     format, version, family, precision_bits
     slots: {key: {shape, fingerprint, errors: {method: float}, parameters: {method: {name: tensor}}}}
 
-Tied weights are stored once, under the key of the slot that they share. Paper: Section 3.
+Tied weights are stored once, under the key of the slot that they share. The idea is Mills et al.'s (2025).
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def build(denoiser, family, path):
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
     keys = free_keys(slots)
-    methods.fit(torch.rand(2, 4))  # compiles the kernels, so that the time left is right from the start
+    methods.fit(torch.eye(2, 4))  # compiles the kernels, so that the time left is right from the start
     saved = time.monotonic()
     with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
         for number, key in enumerate(keys, start=1):
@@ -104,6 +104,7 @@ def load(path, denoiser, family):
     check_exists(path, family)
     content = load_checkpoint(path)
     slots = find_slots(denoiser, family)
+    check_ties(denoiser, slots, family)
     if published.is_published(content):
         return published.convert(content, path, {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)})
     entries = _read(content, path, family)
@@ -138,7 +139,6 @@ def check_fits(entries, path, denoiser, slots, family):
                 f"{path}: made from other weights than this model's (layer {slots[key].module_path}); "
                 f"make it anew with `python scripts/{family.name}_multiquantizer.py`"
             )
-    check_ties(denoiser, slots, family)
 
 
 def _read(content, path, family):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from errors import InputError
+from errors import InputError, first_line
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def load_pickle(path):
     try:
         return _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except Exception as reason:  # a damaged pickle can raise almost anything
-        raise InputError(f"{path}: not a readable pickle ({reason})") from None
+        raise InputError(f"{path}: not a readable pickle ({first_line(reason)})") from None
 
 
 def _check_is_file(path):
@@ -70,5 +70,4 @@ def load_checkpoint(path):
     except pickle.UnpicklingError:
         raise InputError(f"{path}: not a readable checkpoint of tensors, numbers and strings alone") from None
     except Exception as reason:  # truncated archives raise many types
-        first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        raise InputError(f"{path}: not a readable checkpoint ({first_line[:160]})") from None
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(reason)})") from None

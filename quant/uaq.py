@@ -1,7 +1,7 @@
 """Uniform affine quantization (UAQ) of weights, per output channel.
 
 A channel's range is shrunk by 1.0, 0.9 ... 0.1 and the shrink with the least mean |w - w'|^2.4 is
-kept (LAPQ, Nahshan et al., 2021; Q-Diffusion, Li et al., 2023). Paper: Section 3, "UAQ".
+kept (LAPQ, Nahshan et al., 2021; Q-Diffusion, Li et al., 2023).
 """
 
 import torch

@@ -56,7 +56,7 @@ def main(family):
     for index, image in enumerate(images):
         save_png(image, folder / "samples" / f"{index:03d}.png")
     contact_sheet(rows).save(folder / "contact_sheet.png")
-    log.info("images: %s; beside full precision: %s", folder / "samples", folder / "contact_sheet.png")
+    log.info("images: %s; contact sheet: %s", folder / "samples", folder / "contact_sheet.png")
 
 
 def parse_args(family):

@@ -83,6 +83,15 @@ def test_sizes_that_do_not_match(folders):
         fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
 
 
+def test_out_of_memory_is_not_blamed_on_an_image(folders, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(fid.clean_fid, "get_files_features", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+
+
 def test_one_image_is_too_few(tmp_path):
     save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "only.png")
     with pytest.raises(InputError, match="one image"):

@@ -19,6 +19,7 @@ def test_keys_and_weights(slots, family):
     assert len(slots) == family.num_keys == 255
     assert sum(slot.shape.numel() for slot in slots.values()) == family.fp_weights == 716_986_368
     assert len(free_keys(slots)) == 201
+    assert REAL_DIT["sample_size"] * 8 == family.resolution == 512
     assert "model.transformer_blocks.27.ff.net.0.proj.weight_quantizer" in slots
 
 

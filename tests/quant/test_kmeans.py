@@ -3,6 +3,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 
 from quant import kmeans
@@ -41,15 +43,26 @@ def test_whole_equals_brute_force():
     assert squared_error(weight.view(1, -1), centroids).item() == pytest.approx(brute_force(weight.numpy().ravel(), 4))
 
 
-@pytest.mark.parametrize("heavy_tailed", [False, True])
-def test_never_worse_than_sklearn(heavy_tailed):
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(12, 96, generator=generator)
-    weight = weight**3 if heavy_tailed else weight
+def trained_weight(layer):
+    """The weight of a layer of the embedded model, [C, n]."""
+    weights = load_file(ROOT / "models/embedded/dit/transformer/diffusion_pytorch_model.safetensors")
+    return weights[f"{layer}.weight"].float().flatten(1)
+
+
+NORMAL = torch.randn(12, 96, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [NORMAL, NORMAL**3, trained_weight("transformer_blocks.9.attn1.to_q"), trained_weight("pos_embed.proj")],
+    ids=["normal", "heavy_tailed", "attention", "patches"],
+)
+def test_never_worse_than_sklearn(weight):
     for bits, centroids in kmeans.fit_per_channel(weight).items():
         ours = squared_error(weight, centroids)
         theirs = [
-            KMeans(2**bits, max_iter=100, random_state=0).fit(row[:, None]).inertia_ for row in weight.double().numpy()
+            KMeans(min(2**bits, weight.shape[1]), max_iter=100, random_state=0).fit(row[:, None]).inertia_
+            for row in weight.double().numpy()
         ]
         assert (ours.numpy() <= np.array(theirs) * (1 + 1e-6)).all()
 

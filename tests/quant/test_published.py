@@ -87,6 +87,17 @@ def test_other_weights_and_missing_keys_are_refused(published_file, family, tmp_
         multiquantizer.load(tmp_path / "other.pt", denoiser, family)
 
 
+def test_untied_weights_are_refused(published_file, family):
+    """The file holds the first block's embedder alone, which says nothing of another that differs."""
+    from conftest import tiny_dit
+
+    denoiser = tiny_dit(layers=2)
+    with torch.no_grad():
+        denoiser.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.weight[0, 0] += 0.5
+    with pytest.raises(InputError, match=r"blocks\.1\.norm1\.emb\.timestep_embedder\.linear_1: its weights differ"):
+        multiquantizer.load(published_file[0], denoiser, family)
+
+
 @pytest.mark.parametrize("value", ["text", torch.tensor(1.0), torch.ones(32, 16).int()])
 def test_other_values_are_refused(published_file, family, tmp_path, value):
     _, content, denoiser = published_file

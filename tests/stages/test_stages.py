@@ -214,10 +214,10 @@ def test_bad_input_is_one_line(stage, flags, message, labels, mq, tmp_path, run_
     defaults = {"--model_id": "embedded", "--outdir": tmp_path}
     if stage is not multiquantizer:
         defaults["--multi_chkpt"] = mq
+    if stage is multiquantizer:
+        del defaults["--outdir"]
     if stage is eval_random:
         defaults |= dict(zip(EVAL[2::2], EVAL[3::2], strict=True)) | {"--num_archs": 1}
-    else:
-        defaults.pop("--outdir") if stage is multiquantizer else None
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     merged = defaults | given
     code, printed = run_script(stage, "dit", *[item for pair in merged.items() for item in pair])
