@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_reference_follows_what_is_in_the_folder(folders):
     first = fid.reference_statistics(folders[0], extractor, CPU)
     save_png(np.zeros((64, 64, 3), np.uint8), folders[0] / "new.png")
     assert not np.array_equal(first[0], fid.reference_statistics(folders[0], extractor, CPU)[0])
+
+
+def test_reference_follows_an_image_rewritten_in_the_same_size(tmp_path):
+    pictures = reference_pictures()
+    for index in range(3):
+        save_png(pictures[index], tmp_path / f"{index}.bmp")
+    before = fid.folder_key(tmp_path)
+    size = (tmp_path / "1.bmp").stat().st_size
+    save_png(pictures[100], tmp_path / "1.bmp")
+    os.utime(tmp_path / "1.bmp", ns=(0, 10**18))
+    assert (tmp_path / "1.bmp").stat().st_size == size
+    assert fid.folder_key(tmp_path) != before
 
 
 def test_folder_without_images(tmp_path):

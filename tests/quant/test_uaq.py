@@ -30,6 +30,17 @@ def test_equals_published_search(bits):
         assert z == expected_zero
 
 
+@pytest.mark.parametrize("bits", [4, 3])
+def test_outliers_are_cut_off(bits):
+    """One far weight among many: the search goes down to its small shrinks, as the published one does."""
+    weight = torch.randn(1, 40_000, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = 40
+    scale, zero_point = uaq.fit(weight, bits)
+    expected_scale, expected_zero, _ = published_search(weight[0], bits)
+    assert scale.item() == pytest.approx(expected_scale.item(), rel=1e-6) and zero_point.item() == expected_zero
+    assert scale * (2**bits - 1) < 0.45 * (weight.max() - weight.min())
+
+
 def test_by_hand():
     weight = torch.tensor([[-1.0, 0.0, 1.0, 6.0]])
     scale, zero_point = uaq.fit(weight, 3)  # a grid of step 1 from -1 to 6 holds every weight
