@@ -1,20 +1,41 @@
-"""Example inputs of each family's denoiser, for one image: what shapes are counted with."""
+"""What a pipeline gives its denoiser: the arguments of the denoiser's first call, taken without running it."""
+
+import inspect
 
 import torch
 
 
-def denoiser_inputs(denoiser):
-    """Keyword arguments of one call for one image, on the denoiser's device."""
-    return INPUTS[type(denoiser).__name__](denoiser.config, denoiser.device)
+class _Taken(Exception):
+    """Ends a pipeline's call once the denoiser's arguments are known."""
 
 
-def _dit(config, device):
-    size = config.sample_size
-    return {
-        "hidden_states": torch.zeros(1, config.in_channels, size, size, device=device),
-        "timestep": torch.zeros(1, dtype=torch.long, device=device),
-        "class_labels": torch.zeros(1, dtype=torch.long, device=device),
-    }
+@torch.no_grad()
+def first_call(pipeline, denoiser, **arguments):
+    """The arguments {name: value} of the denoiser's first call in `pipeline(**arguments)`."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    taken = {}
+
+    def take(_module, positional, named):
+        taken.update(zip(names, positional, strict=False))
+        taken.update(named)
+        raise _Taken
+
+    handle = denoiser.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        pipeline(**arguments, output_type="latent")
+    except _Taken:
+        return taken
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(pipeline).__name__} did not call its {type(denoiser).__name__}")
 
 
-INPUTS = {"DiTTransformer2DModel": _dit}
+def map_tensors(function, value):
+    """`value` with `function` applied to every tensor in it, through dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value

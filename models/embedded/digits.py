@@ -1,5 +1,6 @@
-"""Pictures of handwritten digits: scikit-learn's 8x8 scans drawn as ink on paper with a margin."""
+"""Pictures of handwritten digits: scikit-learn's 8x8 scans drawn in coloured ink on coloured paper."""
 
+import itertools
 import math
 
 import torch
@@ -7,8 +8,15 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 SIZE_PX = 64
-INK = (24, 32, 96)  # dark blue
-PAPER = (250, 247, 238)  # warm white
+PALETTE = {
+    "red": (204, 36, 42),
+    "green": (36, 150, 62),
+    "blue": (34, 72, 196),
+    "yellow": (246, 206, 44),
+    "black": (22, 22, 26),
+    "white": (250, 248, 242),
+}
+INKS_ON_PAPERS = tuple(itertools.permutations(range(len(PALETTE)), 2))  # 30 pairs (ink, paper) of palette places
 DIGIT_SHARE = 0.76  # side of the 8x8 scan over the side of the picture; the rest is margin
 EDGE = (0.34, 0.72)  # scan intensity at which ink begins and is full: makes strokes crisp
 
@@ -36,23 +44,33 @@ def random_placement(count, generator):
     return torch.stack([cos, -sin, shift * dx, sin, cos, shift * dy], dim=1).view(count, 2, 3)
 
 
-def draw(scans, generator=None):
-    """Pictures [N, 3, 64, 64] in 0..1 of scans [N, 1, 8, 8]; with a generator each is placed at random."""
+def random_pairs(count, generator):
+    """Places [count] in INKS_ON_PAPERS, at random."""
+    return torch.randint(len(INKS_ON_PAPERS), (count,), generator=generator)
+
+
+def palette_colors(pairs):
+    """RGB in 0..1 [2, N, 3, 1, 1] of the inks and of the papers of `pairs` [N], places in INKS_ON_PAPERS."""
+    colors = torch.tensor(list(PALETTE.values()), device=pairs.device) / 255  # [6, 3]
+    places = torch.tensor(INKS_ON_PAPERS, device=pairs.device)[pairs]  # [N, 2]
+    return colors[places].transpose(0, 1)[..., None, None]
+
+
+def draw(scans, pairs, generator):
+    """Pictures [N, 3, 64, 64] in 0..1 of scans [N, 1, 8, 8] in the colours `pairs` [N], each placed at random."""
     count = len(scans)
-    if generator is None:
-        placement = torch.eye(2, 3).repeat(count, 1, 1) / DIGIT_SHARE
-    else:
-        placement = random_placement(count, generator)
-    grid = F.affine_grid(placement.to(scans.device), [count, 1, SIZE_PX, SIZE_PX], align_corners=False)
+    placement = random_placement(count, generator).to(scans.device)
+    grid = F.affine_grid(placement, [count, 1, SIZE_PX, SIZE_PX], align_corners=False)
     smooth = F.grid_sample(F.pad(scans, [1] * 4), grid * 0.8, mode="bicubic", align_corners=False)
     ramp = ((smooth - EDGE[0]) / (EDGE[1] - EDGE[0])).clamp(0, 1)
-    ink = ramp * ramp * (3 - 2 * ramp)  # [N, 1, 64, 64], 1 is ink
-    color = torch.tensor([INK, PAPER], device=scans.device).view(2, 1, 3, 1, 1) / 255
-    return ink * color[0] + (1 - ink) * color[1]
+    coverage = ramp * ramp * (3 - 2 * ramp)  # [N, 1, 64, 64], 1 is ink
+    ink, paper = palette_colors(pairs.to(scans.device))
+    return coverage * ink + (1 - coverage) * paper
 
 
 def reference_pictures():
-    """The real digits as uint8 pictures [1797, 64, 64, 3], each placed at random from one fixed seed."""
+    """The real digits as uint8 pictures [1797, 64, 64, 3], each placed and coloured at random from one fixed seed."""
     scans, _ = load_scans()
-    pictures = draw(scans, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pictures = draw(scans, random_pairs(len(scans), generator), generator)
     return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
