@@ -1,5 +1,7 @@
 """Bit operations: multiply-accumulates x weight bits x activation bits (PTQD, He et al., 2023, Section 5.1)."""
 
+from collections import Counter
+
 from quant.methods import METHODS
 
 FLOAT_BITS = 16  # full-precision weights and activations
@@ -14,18 +16,18 @@ def weight_bits(method):
     return METHODS[method].bits if is_affine else FLOAT_BITS
 
 
-def tera_bops(macs, method_by_path, act_bits=FLOAT_BITS):
+def tera_bops(macs, slots, method_by_key, act_bits=FLOAT_BITS):
     """Tera-BOPs of one denoiser call for one image.
 
-    `method_by_path` is {module path: method name, or None for full precision} of the layers in the
-    configuration; their inputs have `act_bits`, and so have the attention's queries, keys and
-    probabilities.
+    `method_by_key` is {key of a slot: method name, or None for full precision}; the slots' layers have
+    inputs of `act_bits`, and so have the attention's queries, keys and probabilities.
     """
-    total = macs.norms * NORM_BITS
-    for path, count in macs.layers.items():
-        if path in method_by_path:
-            total += count * weight_bits(method_by_path[path]) * act_bits
-        else:
-            total += count * OTHER_BITS
-    total += macs.attention_qk * act_bits * act_bits + macs.attention_av * act_bits * FLOAT_BITS
+    total = macs.norms * NORM_BITS + macs.attention_qk * act_bits * act_bits + macs.attention_av * act_bits * FLOAT_BITS
+    weights = Counter()  # module path -> weights in slots
+    for slot in slots.values():
+        weights[slot.module_path] += slot.shape.numel()
+    for key, slot in slots.items():
+        share = macs.layers[slot.module_path] * slot.shape.numel() // weights[slot.module_path]
+        total += share * weight_bits(method_by_key[key]) * act_bits
+    total += sum(count * OTHER_BITS for path, count in macs.layers.items() if path not in weights)
     return total / TERA

@@ -1,4 +1,4 @@
-"""Images from a pipeline, each from its own noise."""
+"""Images from a sampler, each from its own noise."""
 
 import numpy as np
 import torch
@@ -15,24 +15,19 @@ def noise_generators(seed, indices, published_noise=False):
 
 
 @torch.no_grad()
-def generate(pipeline, class_ids, settings, name, keep_bar=True):
-    """Yield an image (uint8 [H, W, 3]) of each class in `class_ids`, a batch at a time.
+def generate(sampler, prompts, settings, name, keep_bar=True):
+    """Yield an image (uint8 [H, W, 3]) of each of the prompts, or class numbers, a batch at a time.
 
-    `settings` has seed, steps, guidance, batch_size and, if it likes, published_noise.
+    `settings` has seed, steps, guidance, res, batch_size and, if it likes, published_noise.
     """
-    with tqdm(total=len(class_ids), desc=name, unit="img", leave=keep_bar) as progress:
-        for first in range(0, len(class_ids), settings.batch_size):
-            labels = class_ids[first : first + settings.batch_size]
-            indices = range(first, first + len(labels))
-            images = pipeline(
-                class_labels=labels,
-                generator=noise_generators(settings.seed, indices, getattr(settings, "published_noise", False)),
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                output_type="np",
-            ).images
+    with tqdm(total=len(prompts), desc=name, unit="img", leave=keep_bar) as progress:
+        for first in range(0, len(prompts), settings.batch_size):
+            batch = prompts[first : first + settings.batch_size]
+            indices = range(first, first + len(batch))
+            generators = noise_generators(settings.seed, indices, getattr(settings, "published_noise", False))
+            images = sampler.images(batch, generators, settings.steps, settings.guidance, settings.res)
             yield from (images * 255).round().astype(np.uint8)
-            progress.update(len(labels))
+            progress.update(len(batch))
 
 
 def save_png(image, path):

@@ -1,4 +1,9 @@
-"""One row per family: everything that tells one denoiser from another."""
+"""One row per family: everything that tells one denoiser from another.
+
+Sources: the models' pages and config files on the Hub, the published scripts of Mills et al. (2025)
+for samplers, resolutions and splits. Where a stage needs to treat two families differently, the
+difference is a column here.
+"""
 
 from dataclasses import dataclass
 
@@ -9,12 +14,33 @@ import torch
 class Embedded:
     """What differs for the small trained pipeline in `models/embedded/<family>`, run by `--model_id embedded`."""
 
-    steps: int
     guidance: float  # shows the best pictures
-    label_guidance: float  # full precision has the lowest FID
-    num_classes: int
-    class_ids: tuple[int, ...]  # default of --cls_id
-    q_config: str  # default of --q_config
+    label_guidance: float  # orders quantizers by FID
+    steps: int = 20
+    resolution: int = 64
+    batch_size: int = 50
+    prompt: str = "a red seven on a blue background"
+    num_classes: int = 10
+    class_ids: tuple[int, ...] = tuple(range(10))
+    q_config: str = "uniform:mse-4"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Weights that read a concatenated skip have two quantizers, one on each part of their input channels."""
+
+    pattern: str  # of a module path
+    boundary: str  # how the first part's channels are counted: a name in models/layers.py, BOUNDARIES
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """A second pipeline, never quantized, that takes over the last denoising steps."""
+
+    name: str  # folder in models/embedded
+    pipeline: str
+    model_id: str
+    hand_over: float  # share of the steps before it
 
 
 @dataclass(frozen=True)
@@ -22,46 +48,164 @@ class Family:
     name: str
     title: str
     pipeline: str  # class in diffusers
-    model_id: str  # on the Hub
+    model_id: str  # on the Hub, or a single file
     denoiser: str  # attribute of the pipeline
-    dtype: torch.dtype  # precision P of the weights
-    scheduler: str | None  # class in diffusers that replaces the pipeline's own
-    resolution: int  # published pixels per side, of inference and of the BOPs
+    embedded: Embedded
     steps: int
     guidance: float
-    label_guidance: float
-    reference_images: str  # name in constants.py of the folder FID compares with
-    num_classes: int
-    class_ids: tuple[int, ...]  # default of --cls_id
     q_config: str  # default of --q_config
-    ties: tuple[tuple[str, str], ...]  # (pattern of a module path, path of the weight it shares)
-    fp_weights: int  # published number of quantizable weights
-    num_keys: int  # published number of configuration keys
-    embedded: Embedded
+    licence: str
+    # Weights: published numbers of quantizable weights, weight layers and configuration keys.
+    fp_weights: int
+    num_layers: int
+    num_keys: int
+    ties: tuple[tuple[str, str], ...] = ()  # (pattern of a module path, path of the weight it shares)
+    splits: tuple[Split, ...] = ()
+    skips: tuple[str, ...] = ()  # patterns of module paths that are never quantized
+    key_names: str = "diffusers"  # how keys name modules: a name in models/layers.py, KEY_NAMES
+    # Pipeline.
+    dtype: torch.dtype = torch.float16  # precision P of the weights
+    variant: str | None = None  # of the weight files on the Hub
+    scheduler: str | None = None  # class in diffusers that replaces the pipeline's own
+    call: tuple[tuple[str, object], ...] = ()  # more arguments of the pipeline's call
+    refiner: Refiner | None = None
+    # Images and labels. A family has prompts or, if num_classes is not 0, classes.
+    resolution: int = 512  # published pixels per side, of inference and of the BOPs
+    label_guidance: float | None = None  # None: the same as guidance
+    batch_size: int = 4  # images generated together, by default
+    prompt: str = "a lion riding a bike in Paris"
+    num_classes: int = 0
+    class_ids: tuple[int, ...] = ()  # default of --cls_id
+    reference_images: str = "COCO_2017_IMAGES"  # name in constants.py of the folder FID compares with
+    # Command line.
+    aliases: tuple[tuple[str, str], ...] = ()  # (flag, another name for it)
+    parts: tuple[str, ...] = ()  # prefixes of module paths that --prefix may fit by themselves
 
     @property
     def precision_bits(self):
         return torch.finfo(self.dtype).bits
 
 
+NO_BINNING = ("use_resolution_binning", False)  # images of just the size asked for
+AS_WRITTEN = ("clean_caption", False)  # cleaning captions needs packages that rewrite no plain prompt
+
 FAMILIES = {
     row.name: row
     for row in [
+        Family(
+            name="pixart_alpha",
+            title="PixArt-alpha",
+            pipeline="PixArtAlphaPipeline",
+            model_id="PixArt-alpha/PixArt-XL-2-512x512",
+            denoiser="transformer",
+            licence="OpenRAIL++",
+            steps=20,
+            guidance=4.5,
+            call=(NO_BINNING, AS_WRITTEN),
+            q_config="quant_configs/alpha_40.pkl",
+            fp_weights=610_228_224,
+            num_layers=287,
+            num_keys=287,
+            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+        ),
+        Family(
+            name="pixart_sigma",
+            title="PixArt-Sigma",
+            pipeline="PixArtSigmaPipeline",
+            model_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+            denoiser="transformer",
+            licence="OpenRAIL++",
+            resolution=1024,
+            steps=20,
+            guidance=4.5,
+            call=(NO_BINNING, AS_WRITTEN),
+            q_config="quant_configs/sigma_39.pkl",
+            fp_weights=610_228_224,
+            num_layers=287,
+            num_keys=287,
+            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+        ),
+        Family(
+            name="hunyuan",
+            title="Hunyuan-DiT",
+            pipeline="HunyuanDiTPipeline",
+            model_id="Tencent-Hunyuan/HunyuanDiT-Diffusers",
+            denoiser="transformer",
+            licence="Tencent Hunyuan Community",
+            resolution=1024,
+            steps=50,
+            guidance=5.0,
+            call=(NO_BINNING,),
+            q_config="quant_configs/hunyuan_40.pkl",
+            splits=(Split(r"blocks\.\d+\.skip_linear", boundary="half"),),
+            skips=(r"time_extra_emb\.pooler\.[qkvc]_proj",),  # read by their attention, never called
+            fp_weights=1_499_645_952,
+            num_layers=472,
+            num_keys=487,
+            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+        ),
+        Family(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            pipeline="StableDiffusionXLPipeline",
+            model_id="stabilityai/stable-diffusion-xl-base-1.0",
+            variant="fp16",
+            denoiser="unet",
+            licence="OpenRAIL++",
+            steps=40,
+            guidance=5.0,
+            refiner=Refiner(
+                name="sdxl_refiner",
+                pipeline="StableDiffusionXLImg2ImgPipeline",
+                model_id="stabilityai/stable-diffusion-xl-refiner-1.0",
+                hand_over=0.8,
+            ),
+            q_config="quant_configs/sdxl_37.pkl",
+            splits=(Split(r"up_blocks\.\d+\.resnets\.\d+\.conv1", boundary="hidden"),),
+            fp_weights=2_565_880_320,
+            num_layers=794,
+            num_keys=803,
+            parts=("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+        ),
+        Family(
+            name="sdv15",
+            title="Stable Diffusion 1.5",
+            pipeline="StableDiffusionPipeline",
+            model_id="models/ldm/stable-diffusion-v1/v1-5-pruned-emaonly.ckpt",
+            denoiser="unet",
+            licence="CreativeML OpenRAIL-M",
+            dtype=torch.float32,
+            scheduler="PNDMScheduler",  # PLMS: its configuration skips the Runge-Kutta steps
+            steps=50,
+            guidance=7.5,
+            q_config="quant_configs/sdv15_40.pkl",
+            splits=(Split(r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", boundary="hidden"),),
+            key_names="compvis",
+            fp_weights=859_077_120,
+            num_layers=282,
+            num_keys=294,
+            aliases=(
+                ("--model_id", "--ckpt"),
+                ("--steps", "--ddim_steps"),
+                ("--guidance", "--scale"),
+                ("--eta", "--ddim_eta"),
+            ),
+            embedded=Embedded(guidance=3.0, label_guidance=2.0),
+        ),
         Family(
             name="dit",
             title="DiT-XL/2",
             pipeline="DiTPipeline",
             model_id="facebook/DiT-XL-2-512",
             denoiser="transformer",
-            dtype=torch.float16,
+            licence="CC-BY-NC 4.0",
             scheduler="DPMSolverMultistepScheduler",
-            resolution=512,
             steps=250,
             guidance=4.0,
-            label_guidance=4.0,
-            reference_images="IMAGENET_VAL_IMAGES",
             num_classes=1000,
             class_ids=(833,),
+            reference_images="IMAGENET_VAL_IMAGES",
             q_config="quant_configs/dit_40.pkl",
             ties=(
                 (
@@ -70,15 +214,9 @@ FAMILIES = {
                 ),
             ),
             fp_weights=716_986_368,
+            num_layers=255,
             num_keys=255,
-            embedded=Embedded(
-                steps=20,
-                guidance=2.5,
-                label_guidance=1.5,
-                num_classes=10,
-                class_ids=tuple(range(10)),
-                q_config="uniform:mse-4",
-            ),
+            embedded=Embedded(guidance=4.0, label_guidance=1.5),
         ),
     ]
 }

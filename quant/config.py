@@ -119,24 +119,24 @@ def _pick_row(rows, path, row):
     return rows[int(row) - 1]["config"]
 
 
-def apply(configuration, layers, slots, entries):
-    """Put the quantized weights of a checked configuration into `layers`; unchanged layers are not touched."""
-    for key, layer in layers.items():
-        if layer.method != configuration[key]:
-            layer.set_method(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
+def apply(configuration, parts, slots, entries):
+    """Put the quantized weights of a checked configuration into `parts`; unchanged ones are not touched."""
+    for key, part in parts.items():
+        if part.method != configuration[key]:
+            part.set_method(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
 
 
-def restore(layers):
+def restore(parts):
     """Put the float weights back."""
-    for layer in layers.values():
-        if layer.method is not None:
-            layer.set_method(None)
+    for part in parts.values():
+        if part.method is not None:
+            part.set_method(None)
 
 
-def pack(configuration, layers, slots, entries):
-    """Turn the layers, quantized by `apply`, into their packed low-bit form."""
-    for key, layer in layers.items():
-        layer.pack(entries[slots[key].tie]["parameters"][configuration[key]])
+def pack(configuration, parts, slots, entries):
+    """Turn the weights, quantized by `apply`, into their packed low-bit form."""
+    for key, part in parts.items():
+        part.pack(entries[slots[key].tie]["parameters"][configuration[key]])
 
 
 def describe(configuration, slots, entries, precision_bits):

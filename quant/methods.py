@@ -33,14 +33,15 @@ def fit(weight):
     """Parameters of all six methods for `weight` [C, ...]: {name: {parameter: tensor}}."""
     centroids = {"kmeans": kmeans.fit_per_channel(weight, BITS), "kmeans_all": kmeans.fit_whole(weight, BITS)}
     return {
-        name: _fit_uaq(weight, method.bits)
+        name: fit_uaq(weight, method.bits)
         if method.algorithm == "mse"
         else {"centroids": centroids[method.algorithm][method.bits].to(weight.dtype)}
         for name, method in METHODS.items()
     }
 
 
-def _fit_uaq(weight, bits):
+def fit_uaq(weight, bits):
+    """Parameters of UAQ for `weight` [C, ...]."""
     scale, zero_point = uaq.fit(weight, bits)
     stored = storable_scale(scale, weight.dtype)
     # A scale that rounding moves far (a subnormal one) must not move the channel's offset with it.

@@ -4,6 +4,7 @@ The file holds scales, zero points and centroids, never quantized weights; codes
 the float weights. It is a plain dict that loads with `torch.load(weights_only=True)`:
 
     format, version, family, precision_bits
+    prefix: of the module paths if only they are in it, else ""
     slots: {key: {shape, fingerprint, errors: {method: float}, parameters: {method: {name: tensor}}}}
 
 Tied weights are stored once, under the key of the slot that they share. The idea is Mills et al.'s (2025).
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from models.layers import find_slots, free_keys
+from models.layers import find_slots, free_keys, in_part, move_boundaries
 from quant import methods, published
 from quant.entries import fingerprint, fit_entry, is_entry
 from quant.storage import atomic_write, load_checkpoint
@@ -29,16 +30,19 @@ CHECKPOINT_SECONDS = 20
 
 def slot_weight(denoiser, slot, family):
     """The slot's float weight in the family's precision, which is what quantizers are fitted to."""
-    return denoiser.get_submodule(slot.module_path).weight.detach().to(family.dtype)
+    return slot.part_of(denoiser.get_submodule(slot.module_path).weight.detach()).to(family.dtype)
 
 
-def build(denoiser, family, path):
-    """Fit all slots and write `path`; a build that was cut off goes on where its last checkpoint stands."""
+def build(denoiser, family, path, prefix=""):
+    """Fit all slots, or those of modules in `prefix`, a layer at a time, and write `path`.
+
+    A build that was cut off goes on where its last checkpoint stands.
+    """
     slots = find_slots(denoiser, family)
     check_ties(denoiser, slots, family)
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
-    keys = free_keys(slots)
+    keys = [key for key in free_keys(slots) if not prefix or in_part(slots[key], prefix)]
     methods.fit(torch.eye(2, 4))  # compiles the kernels, so that the time left is right from the start
     saved = time.monotonic()
     with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
@@ -52,10 +56,10 @@ def build(denoiser, family, path):
                     raise InputError(f"{slots[key].module_path}: {reason}") from None
             progress.update(weight.numel())
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save(entries, family, partial)
+                save(entries, family, partial, prefix)
                 saved = time.monotonic()
     entries = {key: entries[key] for key in keys}
-    save(entries, family, path)
+    save(entries, family, path, prefix)
     partial.unlink(missing_ok=True)
     return entries
 
@@ -83,12 +87,13 @@ def _resume(partial, family):
     return entries
 
 
-def save(entries, family, path):
+def save(entries, family, path, prefix=""):
     content = {
         "format": FORMAT,
         "version": VERSION,
         "family": family.name,
         "precision_bits": family.precision_bits,
+        "prefix": prefix,
         "slots": entries,
     }
     with atomic_write(path) as file:
@@ -96,20 +101,26 @@ def save(entries, family, path):
 
 
 def load(path, denoiser, family):
-    """The entries {key: entry} of the multiquantizer at `path`, made for this denoiser's weights.
+    """The multiquantizer at `path`, made for this denoiser's weights: (slots, entries {key: entry}).
 
-    A file in the published format is converted. Raises InputError for a missing, damaged or foreign
-    file and, naming the layer, for one made from other weights.
+    The slots are the denoiser's, split where the file splits them. A file in the published format is
+    converted. Raises InputError for a missing, damaged or foreign file and, naming the layer, for one
+    made from other weights.
     """
     check_exists(path, family)
     content = load_checkpoint(path)
     slots = find_slots(denoiser, family)
     check_ties(denoiser, slots, family)
     if published.is_published(content):
-        return published.convert(content, path, {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)})
+        slots = move_boundaries(slots, published.shapes(content))
+        published.check_keys(content, path, slots, family)
+        weights = {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)}
+        return slots, published.convert(content, path, weights)
     entries = _read(content, path, family)
+    slots = move_boundaries(slots, {key: entry["shape"] for key, entry in entries.items()})
+    check_complete(entries, path, slots)
     check_fits(entries, path, denoiser, slots, family)
-    return entries
+    return slots, entries
 
 
 def check_exists(path, family):
@@ -127,18 +138,53 @@ def file_key(path, family):
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-def check_fits(entries, path, denoiser, slots, family):
-    """Raise InputError unless the entries were fitted to exactly this denoiser's weights."""
+def check_complete(entries, path, slots):
+    """Raise InputError, naming the first, unless the entries are those of the slots, no more and no fewer."""
     keys = free_keys(slots)
     missing = [key for key in keys if key not in entries]
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(keys)} layers are missing, first {missing[0]}")
-    for key in keys:
-        if entries[key]["fingerprint"] != fingerprint(slot_weight(denoiser, slots[key], family)):
+    unknown = [key for key in entries if key not in slots]
+    if unknown:
+        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+
+
+def check_fits(entries, path, denoiser, slots, family):
+    """Raise InputError unless the entries were fitted to exactly this denoiser's weights."""
+    for key, entry in entries.items():
+        if key in slots and entry["fingerprint"] != fingerprint(slot_weight(denoiser, slots[key], family)):
             raise InputError(
                 f"{path}: made from other weights than this model's (layer {slots[key].module_path}); "
                 f"make it anew with `python scripts/{family.name}_multiquantizer.py`"
             )
+
+
+def part_path(path, prefix):
+    """Where the part `prefix` of the multiquantizer at `path` stands: sdxl_mq.pt, sdxl_conv_in_mq.pt."""
+    return path.with_name(f"{path.stem.removesuffix('_mq')}_{prefix}_mq.pt")
+
+
+def stitch(denoiser, family, path):
+    """Write `path` from the files of all the family's parts; InputError if they do not make one whole.
+
+    Parts that overlap, miss layers or come from other weights are refused, the file and layer named.
+    """
+    slots = find_slots(denoiser, family)
+    entries, origin = {}, {}
+    for prefix in family.parts:
+        file = part_path(path, prefix)
+        check_exists(file, family)
+        part = _read(load_checkpoint(file), file, family)
+        for key in part:
+            if key in origin:
+                raise InputError(f"{file}: overlaps {origin[key]}, both have {key}; make them anew with --prefix")
+        check_fits(part, file, denoiser, slots, family)
+        origin |= dict.fromkeys(part, file)
+        entries |= part
+    check_complete(entries, f"{path}, from its parts", slots)
+    entries = {key: entries[key] for key in free_keys(slots)}
+    save(entries, family, path)
+    return entries
 
 
 def _read(content, path, family):

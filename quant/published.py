@@ -4,16 +4,33 @@ Per key they hold `<key>.quant_params.<method>`: for K-Means the quantized weigh
 scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
 """
 
+import re
+
 import torch
 
 from errors import InputError
-from models.layers import find_slots
+from models.layers import find_slots, in_part, key_of
 from quant import methods
 from quant.entries import make_entry
 
 
 def is_published(content):
     return isinstance(content, dict) and any(isinstance(k, str) and ".quant_params." in k for k in content)
+
+
+def shapes(content):
+    """{key: shape of its weight}, as the K-Means tensors have it."""
+    ending = ".quant_params.kmeans-4"
+    return {k.removesuffix(ending): tuple(v.shape) for k, v in content.items() if k.endswith(ending) and torch.is_tensor(v)}
+
+
+def check_keys(content, path, slots, family):
+    """Raise InputError, naming the first, if the file quantizes weights that this denoiser has not."""
+    keys = dict.fromkeys(key.partition(".quant_params.")[0] for key in content if ".quant_params." in key)
+    skipped = [re.compile(key_of(skip)) for skip in family.skips]
+    unknown = [k for k in keys if ".weight_quantizer" in k and k not in slots and not any(s.fullmatch(k) for s in skipped)]
+    if unknown:
+        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
 
 
 def convert(content, path, weights):
@@ -76,14 +93,13 @@ def _read_kmeans(tensor, weight, method):
     return {"centroids": centroids.reshape(shape), "boundaries": boundaries.reshape(shape)}
 
 
-def file_bytes(denoiser, family):
-    """Bytes of the tensors in a published file of this denoiser.
+def file_bytes(denoiser, family, prefix=""):
+    """Bytes of the tensors in a published file of this denoiser, or of its modules in `prefix`.
 
     Per slot: four quantized weights (two K-Means at two bit widths), a scale and a zero point per
     output channel at two bit widths, six half-precision errors; no file overhead, and not the
     float weights and biases, which published files also hold.
     """
     element = family.precision_bits // 8
-    return sum(
-        element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in find_slots(denoiser, family).values()
-    )
+    slots = (slot for slot in find_slots(denoiser, family).values() if not prefix or in_part(slot, prefix))
+    return sum(element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in slots)

@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 
 from errors import InputError
 from models.families import FAMILIES
-from models.pipelines import is_embedded, native_resolution
+from models.pipelines import SINGLE_FILES, defaults, is_embedded, load_sampler, refiner_of
 from quant.storage import atomic_write
 
 log = logging.getLogger("qua2sedimo")
+RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -30,22 +31,76 @@ def parser_for(family, stage, description):
     parser = OneLineParser(
         prog=f"{family.name}_{stage}.py", description=f"{family.title}: {description}", allow_abbrev=False
     )
-    parser.add_argument("--model_id", default=family.model_id, help="Hub id, local folder, or `embedded` (works offline)")
+    add_flag(parser, family, "--model_id", default=family.model_id, help=model_help(family))
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; default: CUDA where there is one, else the CPU")
     parser.add_argument("--seed", type=seed, default=42, help="seed of everything random")
     return parser
 
 
-def add_multi_chkpt(parser, family):
+def model_help(family):
+    single_file = "single .ckpt file, " if family.model_id.endswith(SINGLE_FILES) else ""
+    return f"{single_file}Hub id, local folder, or `embedded` (works offline)"
+
+
+def add_flag(parser, family, flag, **settings):
+    """Add a flag under its name and the other names that the family has for it."""
+    parser.add_argument(flag, *(alias for name, alias in family.aliases if name == flag), dest=flag.strip("-"), **settings)
+
+
+def add_sampling_flags(parser, family):
+    """The flags of the stages that make images."""
+    parser.add_argument("--res", type=at_least(1), help=f"pixels per side; default {family.resolution}, embedded its own")
+    add_flag(parser, family, "--steps", type=at_least(1), help="sampler steps; default the model's")
+    add_flag(parser, family, "--guidance", type=finite, help="guidance scale; default the model's")
+    parser.add_argument("--batch_size", type=at_least(1), help="images generated together; default the model's")
     parser.add_argument("--multi_chkpt", type=Path, help=f"multiquantizer; default multiquantizers/{family.name}_mq.pt")
+    if any(flag == "--eta" for flag, _ in family.aliases):
+        add_flag(parser, family, "--eta", type=finite, default=0.0, help="must be 0: the sampler is PLMS")
+    if family.refiner:
+        parser.add_argument("--refiner_id", help=f"Hub id or folder of the refiner; default {family.refiner.model_id}")
+        parser.add_argument("--no_refiner", action="store_true", help="leave the refiner out")
+
+
+def parse_sampling(parser, family, guidance="guidance"):
+    """The parsed flags, those left out filled from the model's row, whose guidance stands in the column named."""
+    args = parser.parse_args()
+    row = defaults(family, args.model_id)
+    args.steps = args.steps or row.steps
+    args.batch_size = args.batch_size or row.batch_size
+    args.res = args.res or (None if family.num_classes else row.resolution)
+    if args.guidance is None:
+        args.guidance = row.guidance if getattr(row, guidance) is None else getattr(row, guidance)
+    args.multi_chkpt = args.multi_chkpt or multiquantizer_path(family, args.model_id)
+    if family.refiner:
+        args.refiner_id = None if args.no_refiner else args.refiner_id or refiner_of(family, args.model_id)
+    if getattr(args, "eta", 0):
+        raise InputError(f"--eta {args.eta}: {family.title} is sampled with PLMS, which draws no noise; leave it at 0")
+    return args
+
+
+def load_for(args, family, device):
+    """The sampler that the flags ask for; InputError if a flag is not for this model."""
+    sampler = load_sampler(family, args.model_id, device, getattr(args, "refiner_id", None))
+    own = sampler.native_resolution
+    if not sampler.takes_resolution and args.res not in (None, own):
+        raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")
+    if args.res and args.res % RESOLUTION_STEP:
+        raise InputError(f"--res {args.res}: is not a multiple of {RESOLUTION_STEP}")
+    longest = sampler.pipeline.scheduler.config.num_train_timesteps
+    if args.steps > longest:
+        raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
+    return sampler
 
 
 def multiquantizer_path(family, model_id):
     """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own."""
     if model_id == family.model_id:
         suffix = ""
+    elif is_embedded(family, model_id):
+        suffix = "_embedded"
     else:
-        suffix = "_embedded" if is_embedded(family, model_id) else f"_{Path(model_id).name}"
+        path = Path(model_id)
+        suffix = f"_{path.stem if path.suffix in SINGLE_FILES else path.name}"
     return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
 
 
@@ -75,16 +130,6 @@ def at_least(least):
         return number
 
     return count
-
-
-def check_fits_model(args, pipeline, family):
-    """Raise InputError if --res or --steps is not for this model."""
-    own = native_resolution(pipeline, family)
-    if getattr(args, "res", None) not in (None, own):
-        raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")
-    longest = pipeline.scheduler.config.num_train_timesteps
-    if getattr(args, "steps", 1) > longest:
-        raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
 
 
 def share(text):

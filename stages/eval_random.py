@@ -14,20 +14,19 @@ import constants
 from bops.bops import tera_bops
 from bops.macs import count_macs
 from errors import InputError
-from evaluation import fid, quant_cache
+from evaluation import fid, prompts, quant_cache
+from evaluation.clip_score import CLIP_MODEL, ClipScore
 from evaluation.images import generate, save_png
-from models.inputs import denoiser_inputs
-from models.layers import find_slots
-from models.pipelines import defaults, denoiser_of, is_embedded, load_pipeline, meta_denoiser, pick_device
+from models.embedded.captions import subject_prompts
+from models.pipelines import defaults, is_embedded, meta_denoiser, pick_device
 from quant import config, modules, multiquantizer
 from quant.storage import atomic_write
 from stages.common import (
-    add_multi_chkpt,
+    add_sampling_flags,
     at_least,
-    check_fits_model,
-    finite,
+    load_for,
     log,
-    multiquantizer_path,
+    parse_sampling,
     parser_for,
     save_settings,
     share,
@@ -37,10 +36,15 @@ from stages.common import (
 # A label depends on these flags; a run goes on only with the same ones.
 LABEL_FLAGS = (
     "model_id",
+    "refiner_id",
     "seed",
     "n_imgs",
+    "prompts_key",  # the prompts, or class numbers, themselves
+    "res",
     "steps",
     "guidance",
+    "clip_score",
+    "clip_model",
     "a_l",
     "a_u",
     "published_noise",
@@ -57,13 +61,15 @@ def main(family):
         args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
     args.reference_key = fid.folder_key(args.reference, times=False)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
+    image_prompts = prompts_for(args, family)
+    args.prompts_key = prompts.key(image_prompts)
     settings = args.outdir / "sampling_config.yaml"
     check_same_run(args, settings)
     start_log(args.outdir)
     # The reference first, in case it fails.
     extractor = fid.DigitFeatures(device) if is_embedded(family, args.model_id) else fid.InceptionFeatures(device)
     reference = fid.reference_statistics(args.reference, extractor, device)
-    labeller = Labeller(family, args, device, extractor, reference)
+    labeller = Labeller(family, args, device, image_prompts, extractor, reference)
     save_settings(args, settings)
 
     full_precision = measure_full_precision(labeller, args.outdir / "full_precision.json")
@@ -79,28 +85,31 @@ def parse_args(family):
     parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_random_seed42"), help="folder of the results")
     parser.add_argument("--num_archs", type=at_least(1), default=500, help="configurations to label")
     parser.add_argument("--n_imgs", type=at_least(2), default=1000, help="images per configuration")
-    parser.add_argument(
-        "--batch_size",
-        type=at_least(1),
-        default=25,
-        help="images generated together; changes labels by float rounding at most",
-    )
-    parser.add_argument("--steps", type=at_least(1), help="sampler steps; default the model's")
-    parser.add_argument("--guidance", type=finite, help="guidance scale; default the model's for labelling")
     parser.add_argument("--a_l", type=share, default=0.0, help="least expected share of 3-bit weights")
     parser.add_argument("--a_u", type=share, default=1.0, help="largest expected share of 3-bit weights")
     parser.add_argument("--reference", type=Path, help="folder of real images; default the one in constants.py")
     parser.add_argument("--published_noise", action="store_true", help="start every image from the same seed, as published")
     parser.add_argument("--keep_samples", action="store_true", help="keep the images in <outdir>/samples")
-    add_multi_chkpt(parser, family)
-    args = parser.parse_args()
+    parser.set_defaults(prompts=None, clip_score=False, clip_model=None)
+    if not family.num_classes:
+        parser.add_argument("--prompts", type=Path, help="COCO captions, or text, a prompt a line; default in constants.py")
+        parser.add_argument("--clip_score", action="store_true", help="label with the CLIP score too")
+        parser.add_argument("--clip_model", default=CLIP_MODEL, help="CLIP of --clip_score: Hub id or local folder")
+    add_sampling_flags(parser, family)
+    args = parse_sampling(parser, family, guidance="label_guidance")
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
-    row = defaults(family, args.model_id)
-    args.steps = args.steps or row.steps
-    args.guidance = row.label_guidance if args.guidance is None else args.guidance
-    args.multi_chkpt = args.multi_chkpt or multiquantizer_path(family, args.model_id)
     return args
+
+
+def prompts_for(args, family):
+    """`n_imgs` prompts, or class numbers for a family that has no prompts."""
+    row = defaults(family, args.model_id)
+    if family.num_classes:
+        return [index % row.num_classes for index in range(args.n_imgs)]
+    if args.prompts is None and is_embedded(family, args.model_id):
+        return [caption for _, caption in subject_prompts(args.n_imgs)]
+    return prompts.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
 
 
 def check_same_run(args, settings):
@@ -132,49 +141,47 @@ def read_settings(path):
 class Labeller:
     """Everything that measuring a configuration needs, set up once."""
 
-    def __init__(self, family, args, device, extractor, reference):
+    def __init__(self, family, args, device, image_prompts, extractor, reference):
         self.family, self.args, self.device = family, args, device
-        self.extractor, self.reference = extractor, reference
-        self.pipeline = load_pipeline(family, args.model_id, device)
-        check_fits_model(args, self.pipeline, family)
-        denoiser = denoiser_of(self.pipeline, family)
-        self.slots = find_slots(denoiser, family)
-        self.entries = multiquantizer.load(args.multi_chkpt, denoiser, family)
-        self.layers = modules.install(denoiser, family)
-        on_meta = meta_denoiser(denoiser)
-        self.macs = count_macs(on_meta, denoiser_inputs(on_meta))
-        self.num_classes = defaults(family, args.model_id).num_classes
+        self.prompts, self.extractor, self.reference = image_prompts, extractor, reference
+        self.clip = ClipScore(args.clip_model, device) if args.clip_score else None
+        self.sampler = load_for(args, family, device)
+        denoiser = self.sampler.denoiser
+        self.slots, self.entries = multiquantizer.load(args.multi_chkpt, denoiser, family)
+        self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(args.res))
+        self.parts = modules.install(denoiser, family, self.slots)
 
     def label(self, configuration, name):
         """The row of a configuration; None stands for full precision."""
         if configuration is None:
-            config.restore(self.layers)
+            config.restore(self.parts)
             description = config.describe_full_precision(self.slots, self.family.precision_bits)
         else:
-            config.apply(configuration, self.layers, self.slots, self.entries)
+            config.apply(configuration, self.parts, self.slots, self.entries)
             description = config.describe(configuration, self.slots, self.entries, self.family.precision_bits)
-        methods = {slot.module_path: description[key][0] for key, slot in self.slots.items()}
         return {
             "quantized_size": config.quantized_size(description),
             "avg_bits": config.avg_bits(description, self.family.precision_bits),
             "quantized_error": float(sum(row[3] for row in description.values())),
-            "FID-GT-1k": self.measure_fid(name),
-            "bops": tera_bops(self.macs, methods),
+            **self.measure_images(name),
+            "bops": tera_bops(self.macs, self.slots, {key: row[0] for key, row in description.items()}),
             "config": description,
         }
 
-    def measure_fid(self, name):
-        """FID of `n_imgs` images of the weights in force, made in <outdir>/samples/<name>."""
+    def measure_images(self, name):
+        """FID, and CLIP score if asked for, of images of the weights in force, made in <outdir>/samples/<name>."""
         folder = self.args.outdir / "samples" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        class_ids = [index % self.num_classes for index in range(self.args.n_imgs)]
-        for index, image in enumerate(generate(self.pipeline, class_ids, self.args, name, keep_bar=False)):
+        images = list(generate(self.sampler, self.prompts, self.args, name, keep_bar=False))
+        for index, image in enumerate(images):
             save_png(image, folder / f"{index:05d}.png")
-        value = fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)
+        labels = {"FID-GT-1k": fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)}
+        if self.clip:
+            labels["CLIP-score"] = float(self.clip.scores(images, self.prompts).mean())
         if not self.args.keep_samples:
             shutil.rmtree(folder)
-        return value
+        return labels
 
 
 def measure_full_precision(labeller, path):

@@ -153,7 +153,9 @@ def train_text_encoder(name, device, steps=1500, batch_size=128):
     make_tokenizer, make_encoder, num_tokens = TEXT_ENCODERS[name]
     tokenizer = make_tokenizer()
     captions = all_captions()
-    tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt").to(device)
+    tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt").to(
+        device
+    )
     subjects = [digit_and_colors(place // NUM_PHRASINGS) for place in range(len(captions))]
     answers = torch.tensor(subjects, device=device)  # [3600, 3]
     encoder = make_encoder(tokenizer).to(device)

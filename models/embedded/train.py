@@ -278,6 +278,12 @@ def unshare(denoiser):
     return copied
 
 
+def load_averaged(denoiser, folder):
+    """Give the denoiser the weights of the trained one in `folder`."""
+    trained = type(denoiser).from_pretrained(folder, dtype=torch.float32)
+    denoiser.load_state_dict(trained.state_dict())
+
+
 def shared_parts(args, recipe, device):
     """The autoencoder and {name: (tokenizer, encoder)} of the recipe, made now if they do not stand in `parts`."""
     folder = args.outdir / "parts"
@@ -306,6 +312,8 @@ def main():
     parser.add_argument("--vae_steps", type=int, default=8_000, help="training steps of the autoencoder")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--pictures", type=int, default=200_000, help="digits drawn and encoded before training")
+    parser.add_argument("--go_on", action="store_true", help="start from the denoiser that stands in the folder")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--outdir", type=Path, default=Path(__file__).parent)
@@ -316,8 +324,11 @@ def main():
 
     recipe = RECIPES[args.family]
     vae, text_encoders = shared_parts(args, recipe, device)
-    torch.manual_seed(0)
-    pipeline = assemble(args.family, recipe.denoiser(), vae, text_encoders).to(device)
+    torch.manual_seed(args.seed)
+    denoiser = recipe.denoiser()
+    if args.go_on:
+        load_averaged(denoiser, args.outdir / args.family / recipe.denoiser_name)
+    pipeline = assemble(args.family, denoiser, vae, text_encoders).to(device)
     latents, subjects = encode_digits(vae, args.pictures)
     data = (latents * vae.config.scaling_factor, subjects)
     training = Training(pipeline, recipe, data, args)

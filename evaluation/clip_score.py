@@ -1,0 +1,97 @@
+"""CLIP score (Hessel et al., 2021): how well images show what their prompts say, by CLIP (Radford et al., 2021)."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import HfApi
+from transformers import CLIPModel, CLIPProcessor
+
+from errors import InputError, first_line
+
+CLIP_MODEL = "openai/clip-vit-base-patch16"
+WAY_OUT = "give a local folder in the same format by --clip_model, or leave out --clip_score"
+
+
+class ClipScore:
+    """Scores image-prompt pairs with the CLIP model in a local folder or on the Hub; InputError if there is none."""
+
+    def __init__(self, model_id, device):
+        model, self.processor = _load(str(model_id))
+        self.model = model.eval().to(device)
+
+    def scores(self, images, prompts, batch_size=64):
+        """100 x max(cosine, 0) of each image (uint8 [H, W, 3]) and its prompt: [N], equation 1 with w = 100.
+
+        Prompts are cut to the model's maximum. ValueError if there are more of one than of the other.
+        """
+        pairs, scores = zip(images, prompts, strict=True), []
+        while batch := list(itertools.islice(pairs, batch_size)):
+            scores += self._cosines(*zip(*batch, strict=True)).clamp(min=0).tolist()
+        return 100 * np.array(scores, dtype=np.float64)
+
+    @torch.no_grad()
+    def _cosines(self, images, prompts):
+        inputs = self.processor(
+            images=list(images),
+            text=list(prompts),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        output = self.model(**inputs.to(self.model.device))
+        return (output.image_embeds * output.text_embeds).sum(-1)  # both of length one: [B]
+
+
+def _load(model_id):
+    """Model and processor from a folder or the Hub's cache, else from the Hub."""
+    try:
+        with _quiet():
+            return _from_pretrained(model_id, local_files_only=True)
+    except Exception as reason:  # damaged files raise many types
+        if Path(model_id).is_dir():
+            raise InputError(
+                f"{model_id}: this folder is not a CLIPModel in transformers format ({first_line(reason)}); {WAY_OUT}"
+            ) from None
+    try:
+        HfApi().model_info(model_id, timeout=10)  # fails at once without a network; from_pretrained tries for minutes
+        return _from_pretrained(model_id, local_files_only=False)
+    except Exception as reason:  # as many again from the network
+        raise InputError(
+            f"CLIP score: {model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub "
+            f"({first_line(reason)}); {WAY_OUT}"
+        ) from None
+
+
+def _from_pretrained(model_id, local_files_only):
+    """Model in float32, and processor. What transformers would make up at random is an error here."""
+    model, report = CLIPModel.from_pretrained(
+        model_id,
+        dtype=torch.float32,
+        local_files_only=local_files_only,
+        ignore_mismatched_sizes=True,  # so that they are in the report
+        output_loading_info=True,
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError("its weights do not fit its configuration")
+    processor = CLIPProcessor.from_pretrained(model_id, local_files_only=local_files_only)
+    if len(processor.tokenizer) <= len(processor.tokenizer.all_special_ids):
+        raise ValueError("its tokenizer has no vocabulary")
+    return model, processor
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Loading without transformers' own bars and notes; errors still raise."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()

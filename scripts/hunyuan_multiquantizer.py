@@ -1,0 +1,11 @@
+"""Fit all six quantizers to every weight of Hunyuan-DiT and store them in multiquantizers/hunyuan_mq.pt.
+
+python scripts/hunyuan_multiquantizer.py
+python scripts/hunyuan_multiquantizer.py --model_id embedded
+"""
+
+from stages import multiquantizer
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(multiquantizer.main, "hunyuan")

@@ -1,0 +1,11 @@
+"""Draw random quantization configurations of PixArt-Sigma and label each with size, error, BOPs and FID.
+
+python scripts/pixart_sigma_eval_random.py --outdir sigma_random_seed42
+python scripts/pixart_sigma_eval_random.py --outdir sigma_embedded_random --model_id embedded --num_archs 10 --n_imgs 250
+"""
+
+from stages import eval_random
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(eval_random.main, "pixart_sigma")

@@ -1,0 +1,11 @@
+"""Generate images with PixArt-Sigma under a quantization configuration.
+
+python scripts/pixart_sigma_infer.py --outdir sigma_sample_w39a8 --q_config quant_configs/sigma_39.pkl --quant_act --n_imgs 4
+python scripts/pixart_sigma_infer.py --outdir sigma_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
+"""
+
+from stages import infer
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(infer.main, "pixart_sigma")

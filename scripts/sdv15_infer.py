@@ -1,0 +1,11 @@
+"""Generate images with Stable Diffusion 1.5 under a quantization configuration.
+
+python scripts/sdv15_infer.py --outdir sdv15_sample_w4a16 --q_config quant_configs/sdv15_40.pkl --n_imgs 4
+python scripts/sdv15_infer.py --outdir sdv15_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
+"""
+
+from stages import infer
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(infer.main, "sdv15")

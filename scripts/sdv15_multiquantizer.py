@@ -1,0 +1,11 @@
+"""Fit all six quantizers to every weight of Stable Diffusion 1.5 and store them in multiquantizers/sdv15_mq.pt.
+
+python scripts/sdv15_multiquantizer.py
+python scripts/sdv15_multiquantizer.py --model_id embedded
+"""
+
+from stages import multiquantizer
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(multiquantizer.main, "sdv15")

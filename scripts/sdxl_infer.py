@@ -1,0 +1,11 @@
+"""Generate images with Stable Diffusion XL under a quantization configuration.
+
+python scripts/sdxl_infer.py --outdir sdxl_sample_w37a16 --q_config quant_configs/sdxl_37.pkl --n_imgs 4
+python scripts/sdxl_infer.py --outdir sdxl_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
+"""
+
+from stages import infer
+from stages.common import run_stage
+
+if __name__ == "__main__":
+    run_stage(infer.main, "sdxl")

@@ -1,0 +1,503 @@
+import copy
+import inspect
+import itertools
+import math
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, HunyuanAttnProcessor2_0
+from torch import nn
+
+from quant import activations
+from quant.activations import QuantAttnProcessor, quantize_channels, quantize_tokens, set_activation_bits
+from quant.modules import QUANT_CLASSES, QuantLayer
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Loop references, one number at a time in double precision
+
+
+def loop_token(token, bits):
+    """A list of numbers in 2^bits levels from its min to its max."""
+    low, high = min(token), max(token)
+    if low == high:
+        return token
+    scale = (high - low) / (2**bits - 1)
+    zero_point = round(-low / scale)
+    codes = [min(max(round(x / scale) + zero_point, 0), 2**bits - 1) for x in token]
+    return [(code - zero_point) * scale for code in codes]
+
+
+def loop_tokens(values, bits):
+    rows = [loop_token(row, bits) for row in values.reshape(-1, values.shape[-1]).tolist()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(values.shape)
+
+
+def loop_row_attention(query, keys, values, added, scale, bits):
+    """One query [D] over the keys [S][D] and values [S][E] with `added` [S] to its scores."""
+    query, keys, values = loop_token(query, bits), [loop_token(k, bits) for k in keys], [loop_token(v, bits) for v in values]
+    scores = [sum(q * k for q, k in zip(query, key, strict=True)) * scale + a for key, a in zip(keys, added, strict=True)]
+    top = max(scores)
+    exponentials = [math.exp(score - top) for score in scores]
+    probabilities = [e / sum(exponentials) for e in exponentials]
+    step = max(probabilities) / 255
+    quantized = [round(p / step) * step for p in probabilities]
+    return [sum(p * value[e] for p, value in zip(quantized, values, strict=True)) for e in range(len(values[0]))]
+
+
+def loop_attention(query, key, value, added, scale, bits):
+    """query [B, H, L, D], key [B, H, S, D], value [B, H, S, E], added [B, H, L, S] -> [B, H, L, E]."""
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
+    for b, h, token in itertools.product(*map(range, query.shape[:-1])):
+        arguments = (query[b, h, token], key[b, h], value[b, h], added[b, h, token])
+        row = loop_row_attention(*(a.tolist() for a in arguments), scale, bits)
+        out[b, h, token] = torch.tensor(row, dtype=torch.float64)
+    return out
+
+
+# Tokens and channels
+
+
+@pytest.mark.parametrize("bits", [8, 6, 3])
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 5, 7)])
+def test_tokens_equal_a_loop(shape, bits):
+    """Also for tokens far from zero, on either side of it, whose zero point is no code."""
+    values = random(*shape, dtype=torch.float64)
+    for shift in (0, 4, -4):
+        assert torch.equal(quantize_tokens(values + shift, bits), loop_tokens(values + shift, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lower_precisions_follow_the_loop(dtype):
+    values = random(4, 5, 33, dtype=dtype)
+    quantized = quantize_tokens(values, 6)
+    assert quantized.dtype == dtype
+    torch.testing.assert_close(quantized, loop_tokens(values.double(), 6).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_tokens_by_hand():
+    # Range -1 ... 2 in 4 levels: scale 1, zero point 1.
+    assert quantize_tokens(torch.tensor([-1.0, -0.4, 0.6, 1.4, 2.0]), 2).tolist() == [-1, 0, 1, 1, 2]
+    # Range -1.5 ... 1.5: scale 1, zero point 2 (1.5 rounds to even), and 1.5 would be code 4.
+    assert quantize_tokens(torch.tensor([-1.5, 0.0, 1.5]), 2).tolist() == [-2, 0, 1]
+
+
+def test_every_token_has_its_own_scale():
+    small, large = random(1, 16), random(1, 16, seed=1) * 1000
+    together = quantize_tokens(torch.cat([small, large]), 8)
+    assert torch.equal(together, torch.cat([quantize_tokens(small, 8), quantize_tokens(large, 8)]))
+    assert (together[0] - small).abs().max() <= (small.max() - small.min()) / 255
+
+
+@pytest.mark.parametrize(("shape", "places"), [((2, 3, 5, 7), (2, 3)), ((2, 3, 9), (2,))])
+def test_channels_equal_a_loop(shape, places):
+    values = random(*shape, dtype=torch.float64) * torch.arange(1, 4).reshape(1, 3, *[1] * len(places))
+    expected = torch.stack([torch.stack([loop_tokens(c.flatten(), 6).view_as(c) for c in sample]) for sample in values])
+    assert torch.equal(quantize_channels(values, 6), expected)
+
+
+def test_channels_of_channels_last_values():
+    values = random(2, 6, 4, 4)
+    quantized = quantize_channels(values.to(memory_format=torch.channels_last), 8)
+    assert torch.equal(quantized, quantize_channels(values, 8))
+    assert quantized.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_constant_tokens_come_back(dtype):
+    limits = torch.finfo(dtype)
+    smallest = limits.smallest_normal * limits.eps
+    constants = torch.tensor([0, 1, -0.3, limits.max, limits.min, smallest, -smallest, -0.0], dtype=dtype)
+    values = constants[:, None].expand(-1, 5)
+    assert torch.equal(quantize_tokens(values, 8), values)
+    assert torch.equal(quantize_channels(values[None], 6), values[None])
+
+
+def test_half_precision_extremes():
+    largest, smallest = 65504.0, 2**-24  # 6e-8
+    wide = torch.tensor([[-largest, -largest / 3, 0, largest / 2, largest]], dtype=torch.half)
+    narrow = torch.tensor([[-2, 0, smallest, 3 * smallest, 2.0]], dtype=torch.half)
+    tiny = torch.tensor([[0, smallest, 2 * smallest, 3 * smallest]], dtype=torch.half)
+    assert (quantize_tokens(wide, 8).double() - wide.double()).abs().max() <= 2 * largest / 255
+    assert quantize_tokens(narrow, 8)[0, 1:4].tolist() == [0, 0, 0]
+    assert torch.equal(quantize_tokens(tiny, 8), tiny)
+    mixed = quantize_tokens(torch.tensor([[smallest, largest]], dtype=torch.half), 6)
+    assert mixed.tolist() == [[0, largest]]
+
+
+def test_single_precision_extremes():
+    limits = torch.finfo(torch.float32)
+    values = torch.tensor([[limits.min, limits.max], [0, 2**-149], [1000, 1000 + 2**-13]])
+    torch.testing.assert_close(quantize_tokens(values, 8), values, rtol=0.01, atol=0)
+
+
+def test_nan_is_not_hidden():
+    quantized = quantize_tokens(torch.tensor([[0.0, torch.nan, 1], [0, 1, 2], [0, torch.inf, 1]]), 8)
+    assert quantized.isnan().any(dim=1).tolist() == [True, False, True]
+
+
+# Attention
+
+
+BATCH, HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 5, 7, 4, 6
+
+
+@pytest.fixture
+def query_key_value():
+    query = random(BATCH, HEADS, QUERIES, WIDTH, dtype=torch.float64)
+    key = random(BATCH, HEADS, KEYS, WIDTH, dtype=torch.float64, seed=1)
+    return query, key, random(BATCH, HEADS, KEYS, VALUE_WIDTH, dtype=torch.float64, seed=2)
+
+
+FULL = (BATCH, HEADS, QUERIES, KEYS)
+MASK_SHAPES = [FULL, (BATCH, 1, 1, KEYS), (1, HEADS, QUERIES, 1), (QUERIES, KEYS), (KEYS,)]
+
+
+def boolean_mask(shape):
+    mask = random(*shape, seed=3) > 0
+    return mask.index_fill_(-1, torch.tensor([0]), True)  # something to attend to
+
+
+@pytest.mark.parametrize("bits", activations.ACT_BITS)
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_attention_equals_a_loop(query_key_value, bits, scale):
+    expected = loop_attention(*query_key_value, torch.zeros(FULL), scale or WIDTH**-0.5, bits)
+    quantized = activations.attention(*query_key_value, scale=scale, bits=bits)
+    torch.testing.assert_close(quantized, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES)
+def test_masked_attention_equals_a_loop(query_key_value, shape):
+    boolean, additive = boolean_mask(shape), random(*shape, seed=4)
+    infinite = torch.zeros(shape).masked_fill(~boolean, -torch.inf)
+    for mask, added in ((boolean, infinite), (infinite, infinite), (additive, additive)):
+        expected = loop_attention(*query_key_value, added.expand(FULL), WIDTH**-0.5, 8)
+        torch.testing.assert_close(activations.attention(*query_key_value, mask, bits=8), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_is_near_the_float_one(query_key_value, dtype):
+    tensors = [tensor.to(dtype) for tensor in query_key_value]
+    mask = boolean_mask(FULL)
+    expected = F.scaled_dot_product_attention(*query_key_value, mask)
+    quantized = activations.attention(*tensors, mask, bits=8)
+    assert quantized.dtype == dtype
+    assert (quantized - expected).abs().max() < 0.04
+    six = activations.attention(*tensors, mask, bits=6)
+    assert (six - expected).square().mean() > 2 * (quantized - expected).square().mean()
+
+
+def test_a_row_without_keys_is_zero(query_key_value):
+    mask = torch.ones(QUERIES, KEYS, dtype=torch.bool)
+    mask[2] = False
+    output = activations.attention(*query_key_value, mask, bits=8)
+    assert (output[..., 2, :] == 0).all()
+    assert torch.equal(output[..., 3, :], activations.attention(*query_key_value, bits=8)[..., 3, :])
+
+
+def test_half_precision_scores_do_not_overflow():
+    query = torch.full((1, 1, 2, 64), 100.0, dtype=torch.half) + random(1, 1, 2, 64, dtype=torch.half)
+    value = random(1, 1, 2, 64, dtype=torch.half)
+    assert activations.attention(query, query, value, bits=8).isfinite().all()  # 64 x 100 x 100 > 65504
+
+
+def test_softmax_codes_by_hand():
+    scores = torch.tensor([[0.0, math.log(0.5), math.log(0.25), -torch.inf]])
+    codes, scale = activations.softmax_codes(scores)
+    assert codes.tolist() == [[255, 128, 64, 0]]
+    assert scale.item() == pytest.approx(1 / 1.75 / 255)
+
+
+@pytest.mark.parametrize("shape", [None, *MASK_SHAPES])
+@pytest.mark.parametrize("queries_at_a_time", [0, 1, 2, 4])
+def test_chunks_change_nothing(query_key_value, monkeypatch, shape, queries_at_a_time):
+    for mask in (None,) if shape is None else (boolean_mask(shape), random(*shape)):
+        whole = activations.attention(*query_key_value, mask, bits=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(activations, "MAX_SCORES", queries_at_a_time * BATCH * HEADS * KEYS)
+            chunks = activations.attention(*query_key_value, mask, bits=8)
+        torch.testing.assert_close(chunks, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_chunks_bound_the_scores(query_key_value, monkeypatch):
+    sizes = []
+    softmax_codes = activations.softmax_codes
+    monkeypatch.setattr(activations, "softmax_codes", lambda s: sizes.append(s.numel()) or softmax_codes(s))
+    monkeypatch.setattr(activations, "MAX_SCORES", 100)
+    activations.attention(*query_key_value, bits=8)
+    assert sizes == [84, 84, 42]
+
+
+def test_attention_leaves_its_arguments_alone(query_key_value):
+    before = [tensor.clone() for tensor in query_key_value]
+    activations.attention(*query_key_value, random(*FULL), bits=8)
+    assert all(map(torch.equal, query_key_value, before))
+
+
+@pytest.mark.parametrize("refused", ["is_causal", "dropout_p", "enable_gqa"])
+def test_what_it_does_not_compute_is_refused(query_key_value, refused):
+    with pytest.raises(NotImplementedError, match=refused):
+        activations.attention(*query_key_value, bits=8, **{refused: 0.5 if refused == "dropout_p" else True})
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "quantize"),
+    [
+        (nn.Linear(24, 10), (3, 5, 24), quantize_tokens),
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 8, 8), quantize_channels),
+        (nn.Conv1d(4, 6, 3), (2, 4, 9), quantize_channels),
+    ],
+)
+def test_a_layer_quantizes_its_input(layer, shape, quantize):
+    layer.requires_grad_(False)
+    input = random(*shape)
+    quantized = QUANT_CLASSES[type(layer)].wrap(copy.deepcopy(layer), torch.float32)
+    assert torch.equal(quantized(input), layer(input))
+    quantized.act_bits = 6
+    assert torch.equal(quantized(input), layer(quantize(input, 6)))
+    assert not torch.allclose(quantized(input), layer(input), atol=1e-3)
+
+
+# Denoisers
+
+
+def make_dit():
+    denoiser = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
+    )
+    return denoiser, {"timestep": torch.tensor([10, 500]), "class_labels": torch.tensor([3, 7])}
+
+
+def make_pixart():
+    denoiser = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        sample_size=8,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    return denoiser, {
+        "timestep": torch.tensor([10, 500]),
+        "encoder_hidden_states": random(2, 5, 12, seed=5),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def make_hunyuan():
+    denoiser = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        hidden_size=16,
+        in_channels=4,
+        patch_size=2,
+        num_layers=4,
+        sample_size=8,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=3,
+        text_len_t5=4,
+    )
+    return denoiser, {
+        "timestep": torch.tensor([10.0, 500.0]),
+        "encoder_hidden_states": random(2, 3, 16, seed=5),
+        "text_embedding_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "encoder_hidden_states_t5": random(2, 4, 16, seed=6),
+        "text_embedding_mask_t5": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]),
+        "image_meta_size": torch.tensor([[64.0, 64, 64, 64, 0, 0]] * 2),
+        "style": torch.zeros(2, dtype=torch.long),
+        "image_rotary_emb": (torch.cos(random(16, 8, seed=7)), torch.sin(random(16, 8, seed=7))),
+    }
+
+
+def make_unet(**options):
+    denoiser = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12, norm_num_groups=8, **options
+    )
+    return denoiser, {"timestep": torch.tensor(500), "encoder_hidden_states": random(2, 5, 12, seed=5)}
+
+
+def make_sdxl():
+    denoiser, inputs = make_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    )
+    added = {"text_embeds": random(2, 16, seed=6), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    return denoiser, inputs | {"added_cond_kwargs": added}
+
+
+def make_sdv15():
+    return make_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )
+
+
+MAKERS = {"dit": make_dit, "pixart": make_pixart, "hunyuan": make_hunyuan, "sdxl": make_sdxl, "sdv15": make_sdv15}
+
+
+def install_layers(denoiser):
+    """What quant.modules.install does, with no table of families."""
+    for module in list(denoiser.modules()):
+        for name, child in module.named_children():
+            if type(child) in QUANT_CLASSES:
+                setattr(module, name, QUANT_CLASSES[type(child)].wrap(child, torch.float32))
+
+
+@pytest.fixture(params=MAKERS)
+def made(request):
+    return make(request.param)
+
+
+def make(name):
+    """A small denoiser of random weights with quantizable layers, and its inputs."""
+    torch.manual_seed(0)
+    denoiser, inputs = MAKERS[name]()
+    denoiser = denoiser.eval().requires_grad_(False)
+    install_layers(denoiser)
+    return denoiser, inputs | {("sample" if name.startswith("sd") else "hidden_states"): random(2, 4, 8, 8)}
+
+
+def attentions(denoiser):
+    return [module for module in denoiser.modules() if isinstance(module, Attention)]
+
+
+def layers(denoiser):
+    return [module for module in denoiser.modules() if isinstance(module, QuantLayer)]
+
+
+def error(output, reference):
+    return (output - reference).square().mean().item()
+
+
+def test_fewer_bits_move_the_output_further_and_none_restores_it(made):
+    denoiser, inputs = made
+    processors = [module.processor for module in attentions(denoiser)]
+    before = denoiser(**inputs).sample
+    outputs = {}
+    for bits in activations.ACT_BITS:
+        set_activation_bits(denoiser, bits)
+        outputs[bits] = denoiser(**inputs).sample
+    assert 0 < error(outputs[8], before) < error(outputs[6], before) < before.var()
+    assert error(outputs[8], before) < error(outputs[6], before) / 4  # a step is 4 times as wide, its square 16 times
+    set_activation_bits(denoiser, None)
+    assert torch.equal(denoiser(**inputs).sample, before)
+    assert all(module.processor is inner for module, inner in zip(attentions(denoiser), processors, strict=True))
+    assert all(layer.act_bits is None for layer in layers(denoiser))
+
+
+def test_layers_and_attention_both_act(made):
+    denoiser, inputs = made
+    before = denoiser(**inputs).sample
+    set_activation_bits(denoiser, 6)
+    both = denoiser(**inputs).sample
+    for layer in layers(denoiser):
+        layer.act_bits = None
+    attention_alone = denoiser(**inputs).sample
+    assert error(both, attention_alone) > 0
+    assert error(attention_alone, before) > 0
+
+
+def test_every_attention_is_wrapped_once_and_counts(made):
+    denoiser, inputs = made
+    set_activation_bits(denoiser, 8)
+    wrappers = [module.processor for module in attentions(denoiser)]
+    denoiser(**inputs)
+    set_activation_bits(denoiser, 8)
+    set_activation_bits(denoiser, 6)
+    denoiser(**inputs)
+    assert wrappers
+    assert all(module.processor is wrapper for module, wrapper in zip(attentions(denoiser), wrappers, strict=True))
+    assert {(w.calls, w.bits, type(w.inner) in (AttnProcessor2_0, HunyuanAttnProcessor2_0)) for w in wrappers} == {
+        (2, 6, True)
+    }
+    assert {layer.act_bits for layer in layers(denoiser)} == {6}
+
+
+def test_layers_without_a_configuration_are_not_touched():
+    torch.manual_seed(0)
+    denoiser, inputs = make_dit()
+    denoiser.requires_grad_(False)
+    inputs["hidden_states"] = random(2, 4, 8, 8)
+    seen = []
+    denoiser.proj_out_2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    set_activation_bits(denoiser, 6)
+    output = denoiser(**inputs).sample
+    projected = F.linear(seen[0], denoiser.proj_out_2.weight, denoiser.proj_out_2.bias)  # [N, 4 x 4, 2 x 2 x 8]
+    expected = projected.reshape(2, 4, 4, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(2, 8, 8, 8)
+    torch.testing.assert_close(output, expected)
+    assert not hasattr(denoiser.proj_out_2, "act_bits")
+
+
+def test_hunyuan_keeps_its_rotary_embedding():
+    denoiser, inputs = make("hunyuan")
+    set_activation_bits(denoiser, 8)
+    output = denoiser(**inputs).sample
+    turned = denoiser(**inputs | {"image_rotary_emb": tuple(part.flip(0) for part in inputs["image_rotary_emb"])}).sample
+    without = denoiser(**inputs | {"image_rotary_emb": None}).sample
+    set_activation_bits(denoiser, None)
+    noise = error(output, denoiser(**inputs).sample)
+    assert error(output, turned) > 2 * noise
+    assert error(output, without) > 2 * noise
+
+
+# Processors
+
+
+@pytest.mark.parametrize("inner", [AttnProcessor2_0(), HunyuanAttnProcessor2_0()])
+def test_a_processor_shows_the_parameters_of_its_inner_one(inner):
+    wrapped = QuantAttnProcessor(inner, 8)
+    assert inspect.signature(wrapped.__call__) == inspect.signature(inner.__call__)
+    assert callable(wrapped)
+
+
+def test_a_processor_quantizes_nothing_but_attention():
+    """The same processor over quantized attention, whichever way that is put in."""
+    torch.manual_seed(0)
+    module = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8).requires_grad_(False)
+    hidden, text = random(2, 9, 16), random(2, 5, 12, seed=1)
+    split = [layer(x).view(2, -1, 2, 8).transpose(1, 2) for layer, x in ((module.to_q, hidden), (module.to_k, text))]
+    value = module.to_v(text).view(2, -1, 2, 8).transpose(1, 2)
+    expected = module.to_out[0](activations.attention(*split, value, bits=6).transpose(1, 2).reshape(2, 9, 16))
+    module.set_processor(QuantAttnProcessor(module.processor, 6))
+    assert torch.equal(module(hidden, text), expected)
+
+
+def test_a_copied_processor_counts_for_itself():
+    module = Attention(query_dim=16, heads=2, dim_head=8).requires_grad_(False)
+    processor = QuantAttnProcessor(AttnProcessor2_0(), 8)
+    copied = copy.deepcopy(processor)
+    copied(module, random(2, 9, 16))
+    assert (processor.calls, copied.calls) == (0, 1)
+
+
+def test_a_processor_without_the_torch_function_is_refused():
+    denoiser, inputs = make("dit")
+    attentions(denoiser)[1].set_processor(AttnProcessor())
+    set_activation_bits(denoiser, 8)
+    with pytest.raises(RuntimeError, match="AttnProcessor does not call"):
+        denoiser(**inputs)
+
+
+@pytest.mark.parametrize("bits", [0, 7, True, "8"])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ValueError, match="8 or 6 bits"):
+        set_activation_bits(nn.Linear(2, 2), bits)
