@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from benchmarks.machine import write_result
 from models.families import FAMILIES
 from models.layers import find_slots
-from models.pipelines import denoiser_of, load_pipeline
+from models.pipelines import load_denoiser
 from quant import kmeans
 from quant.methods import BITS
 from quant.multiquantizer import slot_weight
@@ -84,7 +84,7 @@ def compare(name, rows):
 
 def embedded_rows(layer):
     family = FAMILIES["dit"]
-    denoiser = denoiser_of(load_pipeline(family, "embedded", torch.device("cpu")), family)
+    denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
     slot = next(slot for slot in find_slots(denoiser, family).values() if slot.module_path == layer)
     return slot_weight(denoiser, slot, family).reshape(slot.shape[0], -1)
 

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DiTTransformer2DModel
 
 from benchmarks.fit import heavy_tailed
 from benchmarks.machine import write_result
+from models import geometry
 from models.families import FAMILIES
 from models.layers import find_slots, free_keys
 from quant import multiquantizer, published
@@ -25,7 +25,7 @@ from quant.storage import load_checkpoint
 def real_denoiser():
     """DiT-XL/2 in half precision with heavy-tailed random weights, its timestep embedders tied."""
     with torch.device("meta"):
-        denoiser = DiTTransformer2DModel(sample_size=64, in_channels=4, out_channels=8)
+        denoiser = geometry.build("dit")
     denoiser = denoiser.to(torch.float16).to_empty(device="cpu")
     slots = find_slots(denoiser, FAMILIES["dit"])
     for number, key in enumerate(free_keys(slots)):

@@ -7,6 +7,7 @@ from quant.config import ROW_NUMBERS, is_row
 from quant.storage import load_pickle, save_pickle
 
 KEYS = (*ROW_NUMBERS, "config")
+CLIP_SCORE = "CLIP-score"  # a further key of rows that were labelled with --clip_score
 
 
 def load(path):
@@ -20,11 +21,11 @@ def load(path):
 
 
 def save(rows, path):
-    """Write all rows, with exactly the published keys, in place of the old file or not at all.
+    """Write all rows, with exactly the published keys and the CLIP score if there, in place of the old file or not at all.
 
     Equal rows give equal bytes, whether they were read from a file or measured just now.
     """
-    save_pickle(_share_strings([{key: row[key] for key in KEYS} for row in rows], {}), path)
+    save_pickle(_share_strings([{key: row[key] for key in (*KEYS, CLIP_SCORE) if key in row} for row in rows], {}), path)
 
 
 def _share_strings(data, seen):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from transformers import CLIPTokenizer
 
 from errors import InputError, first_line
@@ -212,15 +213,18 @@ def _explained(family, class_name, model_id):
 
 @contextlib.contextmanager
 def _quiet():
-    """Loading without diffusers' own bars and notes; errors still raise."""
-    level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
+    """Loading without the libraries' own bars and notes; errors still raise."""
+    libraries = (diffusers.logging, transformers.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers.logging.set_verbosity(level)
-        diffusers.logging.enable_progress_bar()
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def _why_not_loaded(family, class_name, model_id, reason):

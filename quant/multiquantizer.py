@@ -173,15 +173,17 @@ def stitch(denoiser, family, path):
     entries, origin = {}, {}
     for prefix in family.parts:
         file = part_path(path, prefix)
-        check_exists(file, family)
+        if not file.is_file():
+            raise InputError(f"{file}: no such part; make it with --prefix {prefix}")
         part = _read(load_checkpoint(file), file, family)
         for key in part:
             if key in origin:
                 raise InputError(f"{file}: overlaps {origin[key]}, both have {key}; make them anew with --prefix")
+        own = {key: slot for key, slot in slots.items() if in_part(slot, prefix) or key in part}
+        check_complete(part, file, own)
         check_fits(part, file, denoiser, slots, family)
         origin |= dict.fromkeys(part, file)
         entries |= part
-    check_complete(entries, f"{path}, from its parts", slots)
     entries = {key: entries[key] for key in free_keys(slots)}
     save(entries, family, path)
     return entries

@@ -120,9 +120,9 @@ def check_same_run(args, settings):
         return
     before = read_settings(settings)
     for flag in LABEL_FLAGS:
-        if before.get(flag) != getattr(args, flag):
+        if before.get(flag) != getattr(args, flag, None):
             raise InputError(
-                f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag)}; "
+                f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag, None)}; "
                 "give the same flags to go on, or another --outdir"
             )
 
@@ -178,7 +178,7 @@ class Labeller:
             save_png(image, folder / f"{index:05d}.png")
         labels = {"FID-GT-1k": fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)}
         if self.clip:
-            labels["CLIP-score"] = float(self.clip.scores(images, self.prompts).mean())
+            labels[quant_cache.CLIP_SCORE] = float(self.clip.scores(images, self.prompts).mean())
         if not self.args.keep_samples:
             shutil.rmtree(folder)
         return labels

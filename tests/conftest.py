@@ -1,26 +1,54 @@
 """Small things that several tests share."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
 
+from models import geometry
 from models.families import FAMILIES
+from quant import multiquantizer
 
 ROOT = Path(__file__).parent.parent
 
-# The geometry of facebook/DiT-XL-2-512.
-REAL_DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "sample_size": 64,
-    "patch_size": 2,
+# The real geometries at small width: pairwise different where the real widths differ.
+TINY_XL2 = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
+TINY_PIXART = TINY_XL2 | {"cross_attention_dim": 16, "caption_channels": 24}
+TINY = {
+    "pixart_alpha": TINY_PIXART,
+    "pixart_sigma": TINY_PIXART,
+    "hunyuan": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "hidden_size": 16,
+        "num_layers": 6,  # the last two have a skip_linear
+        "cross_attention_dim": 12,
+        "cross_attention_dim_t5": 24,
+        "pooled_projection_dim": 20,
+        "sample_size": 8,
+    },
+    "sdxl": {
+        "sample_size": 8,
+        "block_out_channels": (8, 12, 16),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 3, 4),
+        "cross_attention_dim": 20,
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 8 + 6 * 4,
+        "norm_num_groups": 4,
+    },
+    "sdv15": {
+        "sample_size": 8,
+        "block_out_channels": (8, 12, 16, 16),
+        "attention_head_dim": 2,
+        "cross_attention_dim": 20,
+        "norm_num_groups": 4,
+    },
+    "dit": TINY_XL2 | {"num_embeds_ada_norm": 10},
 }
+SPLIT_FAMILIES = [name for name, family in FAMILIES.items() if family.splits]
 
 
 @pytest.fixture(autouse=True)
@@ -34,25 +62,52 @@ def family():
     return FAMILIES["dit"]
 
 
-def tiny_dit(layers=2):
-    """A DiT with DiT-XL/2's layer names, tied timestep embedders, and random weights, never zero."""
+def tiny(name, **changes):
+    """The family's denoiser at its own topology and small width, tied as the real one, its random weights never zero."""
     torch.manual_seed(0)
-    denoiser = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=layers,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).eval()
-    first = denoiser.transformer_blocks[0].norm1.emb
-    for block in denoiser.transformer_blocks:
-        block.norm1.emb.load_state_dict(first.state_dict())
+    denoiser = geometry.build(name, **TINY[name] | changes).eval()
+    if name == "dit":
+        blocks = denoiser.transformer_blocks
+        for block in blocks:
+            block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
     for parameter in denoiser.parameters():
-        parameter.data = parameter.data.half().float()  # values that half precision holds exactly
+        parameter.data = parameter.data.to(FAMILIES[name].dtype).float()  # values that its precision holds exactly
     return denoiser
+
+
+def tiny_dit(layers=2):
+    return tiny("dit", num_layers=layers)
+
+
+def tiny_inputs(name, denoiser):
+    """Arguments of a call of the tiny denoiser for two pictures."""
+    torch.manual_seed(1)
+    return geometry.example_inputs(name, denoiser, batch=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_mq(tmp_path_factory):
+    """Path of a tiny denoiser's multiquantizer by the family's name, built once for all tests."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    @functools.cache
+    def build(name):
+        path = folder / f"{name}_mq.pt"
+        multiquantizer.build(tiny(name), FAMILIES[name], path)
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_mq):
+    """A tiny denoiser by the family's name, its slots and entries."""
+
+    def load(name):
+        denoiser = tiny(name)
+        return denoiser, *multiquantizer.load(tiny_mq(name), denoiser, FAMILIES[name])
+
+    return load
 
 
 @pytest.fixture

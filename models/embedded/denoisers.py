@@ -115,17 +115,17 @@ def build_sdxl():
     """Stable Diffusion XL's U-Net: transformers of 1, 2 and 10 layers, 70 in all (Podell et al., 2023)."""
     return diffusers.UNet2DConditionModel(
         sample_size=LATENT_PX,
-        block_out_channels=(24, 28, 32),
+        block_out_channels=(24, 40, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(6, 7, 8),
+        attention_head_dim=(3, 5, 4),
         cross_attention_dim=64,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=32 + 6 * 8,
-        norm_num_groups=4,
+        norm_num_groups=8,
     )
 
 

@@ -1,12 +1,14 @@
+import functools
+
 import pytest
 import torch
-from conftest import REAL_DIT
-from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from bops.bops import tera_bops
 from bops.macs import Macs, count_macs
-from models.inputs import denoiser_inputs
+from models import geometry
+from models.families import FAMILIES
+from models.layers import WeightSlot, find_slots
 
 
 def test_layers_by_hand():
@@ -24,32 +26,74 @@ def test_layers_by_hand():
     assert macs.norms == 2 * 6 * 64
 
 
+def slot(key, path, shape, inputs=None):
+    return WeightSlot(key, path, torch.Size(shape), key, inputs)
+
+
+WHOLE = {name: slot(name, name, (2, 5)) for name in "abc"}
+
+
 def test_sum_by_hand():
     macs = Macs(layers={"a": 10, "b": 100, "c": 1000, "outside": 7}, norms=3, attention_qk=5, attention_av=9)
     methods = {"a": "mse-3", "b": "kmeans-3", "c": None}
     weights = 10 * 3 * 8 + 100 * 16 * 8 + 1000 * 16 * 8 + 7 * 16
-    assert tera_bops(macs, methods, act_bits=8) * 1e12 == pytest.approx(weights + 3 * 32 + 5 * 8 * 8 + 9 * 8 * 16)
+    others = 3 * 32 + 5 * 8 * 8 + 9 * 8 * 16
+    assert tera_bops(macs, WHOLE, methods, act_bits=8) * 1e12 == pytest.approx(weights + others)
 
 
-@pytest.fixture(scope="module")
-def dit_macs():
+def test_parts_share_their_layer_by_input_channels():
+    """A 3x3 convolution of 3 + 5 channels to 2 on 7 positions: 7 x 2 x 27 and 7 x 2 x 45 multiply-accumulates."""
+    slots = {"x": slot("x", "conv", (2, 3, 3, 3), (0, 3)), "x_0": slot("x_0", "conv", (2, 5, 3, 3), (3, 8))}
+    macs = Macs(layers={"conv": 7 * 2 * 72})
+    for first, rest, bits in [("mse-3", "mse-4", (3, 4)), ("mse-4", "kmeans-3", (4, 16)), (None, "mse-3", (16, 3))]:
+        expected = 7 * 2 * 27 * bits[0] * 8 + 7 * 2 * 45 * bits[1] * 8
+        assert tera_bops(macs, slots, {"x": first, "x_0": rest}, act_bits=8) * 1e12 == pytest.approx(expected)
+
+
+@functools.cache
+def real_macs(name):
+    """(MACs, slots) of the family's real denoiser at its resolution."""
     with torch.device("meta"):
-        denoiser = DiTTransformer2DModel(**REAL_DIT)
-        return count_macs(denoiser, denoiser_inputs(denoiser))
+        denoiser = geometry.build(name)
+        inputs = geometry.example_inputs(name, denoiser, pixels=FAMILIES[name].resolution // 8)
+        return count_macs(denoiser, inputs), find_slots(denoiser, FAMILIES[name])
 
 
-def test_dit_xl_at_512_px(dit_macs):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_slot_s_layer_is_counted(name):
+    macs, slots = real_macs(name)
+    assert macs.layers.keys() == {slot.module_path for slot in slots.values()}
+    assert all(macs.layers.values()) and macs.attention_qk and macs.attention_av and macs.norms
+
+
+def test_dit_xl_at_512_px():
+    macs, _ = real_macs("dit")
     tokens, width = 1024, 1152
-    assert dit_macs.layers["transformer_blocks.3.attn1.to_q"] == tokens * width**2
-    assert dit_macs.layers["transformer_blocks.3.norm1.linear"] == 6 * width**2
-    assert dit_macs.layers["pos_embed.proj"] == tokens * width * 16
-    assert dit_macs.attention_qk == dit_macs.attention_av == 28 * tokens**2 * width
-    assert len(dit_macs.layers) == 255
+    assert macs.layers["transformer_blocks.3.attn1.to_q"] == tokens * width**2
+    assert macs.layers["transformer_blocks.3.norm1.linear"] == 6 * width**2
+    assert macs.layers["pos_embed.proj"] == tokens * width * 16
+    assert macs.attention_qk == macs.attention_av == 28 * tokens**2 * width
     # 524.6 GFLOPs in the DiT paper (Table 4), which counts a multiply-accumulate as one.
-    total = sum(dit_macs.layers.values()) + dit_macs.attention_qk + dit_macs.attention_av
+    total = sum(macs.layers.values()) + macs.attention_qk + macs.attention_av
     assert total == pytest.approx(524.6e9, rel=0.01)
 
 
-def test_fewer_bits_cost_less(dit_macs):
-    costs = [tera_bops(dit_macs, dict.fromkeys(dit_macs.layers, m)) for m in ("mse-3", "mse-4", "kmeans-4", None)]
+def test_sdv15_at_512_px():
+    """339.1 G in the DeepCache paper (Ma et al., 2024, Table 2), whose counter leaves the attention's products out."""
+    assert sum(real_macs("sdv15")[0].layers.values()) == pytest.approx(339.1e9, rel=0.005)
+
+
+def test_hunyuan_skip_linear_at_1024_px():
+    macs, slots = real_macs("hunyuan")
+    assert macs.layers["blocks.30.skip_linear"] == 64 * 64 * 2816 * 1408  # 64 x 64 patches
+    halves = [slot.shape for slot in slots.values() if slot.module_path == "blocks.30.skip_linear"]
+    assert halves == [(1408, 1408)] * 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fewer_bits_cost_less(name):
+    macs, slots = real_macs(name)
+    costs = [tera_bops(macs, slots, dict.fromkeys(slots, m)) for m in ("mse-3", "mse-4", "kmeans-4", None)]
     assert costs[0] < costs[1] < costs[2] == costs[3]
+    step = sum(macs.layers.values()) * 16 / 1e12  # one bit more for every weight
+    assert costs[1] - costs[0] == pytest.approx(step) and costs[3] - costs[1] == pytest.approx(12 * step)

@@ -1,7 +1,6 @@
 """The three stages on the embedded model, run as users run them."""
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -19,7 +18,7 @@ from PIL import Image
 
 from evaluation import quant_cache
 from models.layers import find_slots
-from models.pipelines import load_pipeline
+from models.pipelines import load_denoiser
 from quant import config
 from stages import eval_random, infer, multiquantizer
 
@@ -51,7 +50,7 @@ def script(name, *flags):
 
 def test_the_cache(labels, family):
     rows = pickle.loads((labels / "quant_cache.pkl").read_bytes())
-    slots = find_slots(load_pipeline(family, "embedded", torch.device("cpu")).transformer, family)
+    slots = find_slots(load_denoiser(family, "embedded", torch.device("cpu")), family)
     assert len(rows) == 3
     for index, row in enumerate(rows):
         assert tuple(row) == quant_cache.KEYS
@@ -205,7 +204,6 @@ def test_keep_samples(mq, tmp_path, run_script):
         (eval_random, ("--a_l", "0.8", "--a_u", "0.2"), "--a_l 0.8 is above --a_u 0.2"),
         (eval_random, ("--a_l", "-1"), "not between 0 and 1"),
         (eval_random, ("--outdir", "{labels}", "--seed", "43"), "made with seed 42, not 43"),
-        (multiquantizer, ("--res", "1024"), "--res 1024: embedded makes images of 64 px"),
     ],
 )
 def test_bad_input_is_one_line(stage, flags, message, labels, mq, tmp_path, run_script, monkeypatch):
@@ -232,10 +230,3 @@ def test_another_familys_configuration(labels, mq, tmp_path, run_script):
     flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--outdir", tmp_path / "x", "--q_config", foreign)
     code, printed = run_script(infer, "dit", *flags)
     assert code == 2 and "not of this denoiser, first model.conv_in" in printed
-
-
-def test_scripts_name_two_commands():
-    for path in sorted((ROOT / "scripts").glob("*.py")):
-        text = path.read_text()
-        assert text.count(f"\npython scripts/{path.name}") == 2
-        assert os.linesep.join(text.splitlines()[-2:]).startswith("if __name__")

@@ -1,0 +1,219 @@
+"""All eighteen scripts on the embedded models, by the command lines of the published README."""
+
+import ast
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from evaluation import quant_cache
+from models.families import FAMILIES
+from models.layers import find_slots
+from models.pipelines import load_denoiser
+from quant import config
+from stages import eval_random, infer, multiquantizer
+
+STAGES = {"multiquantizer": multiquantizer, "eval_random": eval_random, "infer": infer}
+INFER = {  # as in the published README
+    "pixart_alpha": "--outdir alpha_sample_w4a8 --q_config quant_configs/alpha_40.pkl --quant_act --act_bit 8 "
+    "--prompt 'a lion riding a bike in Paris' --n_imgs 4",
+    "pixart_sigma": "--outdir sigma_sample_w39a8 --q_config quant_configs/sigma_39.pkl --quant_act --act_bit 8 "
+    "--prompt 'a lion riding a bike in Paris' --n_imgs 4",
+    "hunyuan": "--outdir hunyuan_sample_w4a8 --q_config quant_configs/hunyuan_40.pkl --quant_act --act_bit 8 "
+    "--prompt 'a lion riding a bike in Paris' --n_imgs 4",
+    "sdxl": "--outdir sdxl_sample_w37a16 --q_config quant_configs/sdxl_37.pkl "
+    "--prompt 'a lion riding a bike in Paris' --n_imgs 4",
+    "sdv15": "--outdir sdv15_sample_w4a16 --q_config quant_configs/sdv15_40.pkl "
+    "--prompt 'a lion riding a bike in Paris' --n_imgs 4",
+    "dit": "--outdir dit_sample_w4a16 --q_config quant_configs/dit_40.pkl --cls_id 3 --n_imgs 4",  # it has 833; ten here
+}
+OUTDIR = {"pixart_alpha": "alpha", "pixart_sigma": "sigma"}
+QUICK = ("--steps", 5)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def workplace(request, tmp_path_factory):
+    """A family, and a folder with its multiquantizer and a published-style configuration."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(family.name)
+    command = [sys.executable, ROOT / "scripts" / f"{family.name}_multiquantizer.py", "--model_id", "embedded"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    free = family.num_keys - (2 * 27 if family.ties else 0)
+    assert f"multiquantizers/{family.name}_embedded_mq.pt: {free} layers fitted" in done.stdout
+    denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
+    (folder / "quant_configs").mkdir()
+    configuration = config.draw_random(find_slots(denoiser, family), seed=0, index=0, a_u=0.0)
+    (folder / family.q_config).write_bytes(pickle.dumps(configuration, protocol=4))
+    return family, folder
+
+
+@pytest.fixture
+def in_workplace(workplace, monkeypatch):
+    monkeypatch.chdir(workplace[1])
+    return workplace
+
+
+def images_of(outdir):
+    """uint8 images of the only run in `outdir`."""
+    (run,) = outdir.iterdir()
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((run / "samples").iterdir())])
+
+
+def test_infer_by_the_published_command(in_workplace, run_script):
+    family, folder = in_workplace
+    flags = shlex.split(INFER[family.name])
+    code, printed = run_script(infer, family.name, *flags, "--model_id", "embedded", *QUICK)
+    assert code == 0, printed
+    images = images_of(folder / flags[1])
+    assert images.shape == (4, 64, 64, 3) and images.std() > 10
+
+
+def test_eval_random_by_the_published_command(in_workplace, run_script):
+    family, folder = in_workplace
+    outdir = f"{OUTDIR.get(family.name, family.name)}_random_seed42"
+    flags = ("--outdir", outdir, "--model_id", "embedded", "--num_archs", 2, "--n_imgs", 6, *QUICK)
+    code, printed = run_script(eval_random, family.name, *flags)
+    assert code == 0, printed
+    rows = quant_cache.load(folder / outdir / "quant_cache.pkl")
+    assert len(rows) == 2 and all(tuple(row) == quant_cache.KEYS and len(row["config"]) == family.num_keys for row in rows)
+    assert 3 < rows[0]["avg_bits"] < family.precision_bits and rows[0]["bops"] > 0
+    assert run_script(eval_random, family.name, *flags)[0] == 0  # goes on: nothing left to do
+    code, printed = run_script(eval_random, family.name, *flags, "--res", "128")
+    assert code == 2 and ("not 128" in printed or "images of 64 px only" in printed)
+
+
+def test_activations_act_and_fewer_bits_change_more(in_workplace, run_script):
+    """The pictures differ with --quant_act, and 6 bits are farther from none than 8."""
+    family, folder = in_workplace
+    images = {}
+    for name, flags in {"a16": (), "a8": ("--quant_act",), "a6": ("--quant_act", "--act_bit", 6)}.items():
+        common_flags = ("--model_id", "embedded", "--n_imgs", 4, "--no_compare", "--outdir", name, *QUICK)
+        code, printed = run_script(infer, family.name, *common_flags, *flags)
+        assert code == 0, printed
+        images[name] = images_of(folder / name).astype(float)
+    eight, six = (((images[name] - images["a16"]) ** 2).mean() for name in ("a8", "a6"))
+    assert 0 < eight < six
+
+
+def test_act_bit_alone_does_nothing(in_workplace, run_script):
+    family, folder = in_workplace
+    for name, flags in {"plain": (), "bits": ("--act_bit", 6)}.items():
+        common_flags = ("--model_id", "embedded", "--n_imgs", 1, "--no_compare", "--outdir", name, "--steps", 1)
+        assert run_script(infer, family.name, *common_flags, *flags)[0] == 0
+    assert np.array_equal(images_of(folder / "plain"), images_of(folder / "bits"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_six_scripts_of_a_stage_differ_only_by_family(stage):
+    bodies = set()
+    for name in FAMILIES:
+        tree = ast.parse((ROOT / "scripts" / f"{name}_{stage}.py").read_text())
+        assert FAMILIES[name].title in ast.get_docstring(tree)
+        bodies.add(ast.unparse(tree.body[1:]).replace(repr(name), "FAMILY"))
+    assert bodies == {
+        f"from stages import {stage}\nfrom stages.common import run_stage\n"
+        f"if __name__ == '__main__':\n    run_stage({stage}.main, FAMILY)"
+    }
+
+
+def test_scripts_name_two_commands():
+    paths = sorted((ROOT / "scripts").glob("*.py"))
+    assert len(paths) == 18
+    for path in paths:
+        text = path.read_text()
+        assert text.count(f"\npython scripts/{path.name}") == 2
+        assert os.linesep.join(text.splitlines()[-2:]).startswith("if __name__")
+
+
+def test_published_names_of_flags(monkeypatch, run_script):
+    """sdv15 has the published names of its flags beside the project's own."""
+    seen = {}
+    monkeypatch.setattr(
+        infer, "load_for", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+    )
+    flags = ("--ckpt", "embedded", "--ddim_steps", 7, "--ddim_eta", 0.0, "--scale", 3.5, "--res", 64, "--seed", 3)
+    code, printed = run_script(infer, "sdv15", *flags)
+    assert code == 2 and "stop" in printed
+    assert (seen["model_id"], seen["steps"], seen["guidance"], seen["res"], seen["seed"]) == ("embedded", 7, 3.5, 64, 3)
+    code, printed = run_script(infer, "sdv15", "--ddim_eta", 0.5)
+    assert code == 2 and "PLMS" in printed
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_published_defaults(name, monkeypatch, run_script):
+    """Without flags the published prompts, sizes, steps, guidance, file names are asked for."""
+    seen = {}
+    monkeypatch.setattr(
+        infer, "load_for", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+    )
+    run_script(infer, name)
+    family = FAMILIES[name]
+    assert str(seen["outdir"]) == f"{name}_sample" and str(seen["multi_chkpt"]) == f"multiquantizers/{name}_mq.pt"
+    assert seen["seed"] == 42 and seen["act_bit"] == 8 and not seen["quant_act"]
+    steps = {"pixart_alpha": 20, "pixart_sigma": 20, "hunyuan": 50, "sdxl": 40, "sdv15": 50, "dit": 250}
+    pixels = {"pixart_sigma": 1024, "hunyuan": 1024, "dit": None}  # DiT makes only its own, 512
+    assert seen["steps"] == steps[name] and seen["res"] == pixels.get(name, 512)
+    assert seen["q_config"] == family.q_config
+    if name == "dit":
+        assert seen["cls_id"] == [833]
+    else:
+        assert seen["prompt"] == ["a lion riding a bike in Paris"]
+    assert seen.get("refiner_id") == ("stabilityai/stable-diffusion-xl-refiner-1.0" if name == "sdxl" else None)
+
+
+def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
+    monkeypatch.chdir(tmp_path)
+    parts = FAMILIES["sdxl"].parts
+    for prefix in parts:
+        code, printed = run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--prefix", prefix)
+        assert code == 0 and (tmp_path / "multiquantizers" / f"sdxl_embedded_{prefix}_mq.pt").exists()
+        assert ("parts still to fit" in printed) == (prefix != parts[-1])
+    whole = tmp_path / "multiquantizers" / "sdxl_embedded_mq.pt"
+    stitched = whole.read_bytes()
+    whole.unlink()
+    assert run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--stitch")[0] == 0
+    assert whole.read_bytes() == stitched
+    assert len(torch.load(whole, weights_only=True)["slots"]) == 803
+    (tmp_path / "multiquantizers" / "sdxl_embedded_mid_block_mq.pt").unlink()
+    code, printed = run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--stitch")
+    assert code == 2 and "sdxl_embedded_mid_block_mq.pt" in printed
+
+
+def test_clip_score_is_a_seventh_key_only_when_asked_for(workplace, monkeypatch, tmp_path, run_script):
+    family, folder = workplace
+    if family.name != "sdv15":
+        pytest.skip("one family is enough")
+    monkeypatch.chdir(folder)
+
+    class FixedScore:
+        def __init__(self, model_id, device):
+            self.model_id = model_id
+
+        def scores(self, images, prompts):
+            assert len(images) == len(prompts) == 2
+            return np.array([20.0, 30.0])
+
+    monkeypatch.setattr(eval_random, "ClipScore", FixedScore)
+    flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 2, "--steps", 1, "--outdir", tmp_path, "--clip_score")
+    assert run_script(eval_random, family.name, *flags)[0] == 0
+    (row,) = quant_cache.load(tmp_path / "quant_cache.pkl")
+    assert row["CLIP-score"] == 25.0 and set(row) == {*quant_cache.KEYS, "CLIP-score"}
+
+
+def test_prompts_file(workplace, monkeypatch, tmp_path, run_script):
+    family, folder = workplace
+    if family.name != "pixart_alpha":
+        pytest.skip("one family is enough")
+    monkeypatch.chdir(folder)
+    (tmp_path / "prompts.txt").write_text("a red one on a blue page\na green two on white\n")
+    flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 3, "--steps", 1, "--outdir", tmp_path / "labels")
+    assert run_script(eval_random, family.name, *flags, "--prompts", tmp_path / "prompts.txt")[0] == 0
+    code, printed = run_script(eval_random, family.name, *flags)
+    assert code == 2 and "prompts_key" in printed  # other prompts, other labels
