@@ -78,9 +78,25 @@ def test_dit_xl_at_512_px():
     assert total == pytest.approx(524.6e9, rel=0.01)
 
 
+def attention(layers, tokens, width):
+    """Queries x keys of self-attention and of cross-attention to 77 text tokens."""
+    return layers * tokens * (tokens + 77) * width
+
+
+def test_unets_attention_at_512_px():
+    """Transformer layers at each level: those of 2 down-block, 3 up-block and the middle attentions."""
+    sdxl = attention(2 * 5, 32**2, 640) + attention(10 * 5 + 10, 16**2, 1280)
+    assert real_macs("sdxl")[0].attention_qk == sdxl
+    sdv15 = attention(5, 64**2, 320) + attention(5, 32**2, 640) + attention(5, 16**2, 1280) + attention(1, 8**2, 1280)
+    assert real_macs("sdv15")[0].attention_qk == sdv15
+
+
 def test_sdv15_at_512_px():
-    """339.1 G in the DeepCache paper (Ma et al., 2024, Table 2), whose counter leaves the attention's products out."""
-    assert sum(real_macs("sdv15")[0].layers.values()) == pytest.approx(339.1e9, rel=0.005)
+    macs, _ = real_macs("sdv15")
+    assert macs.layers["conv_in"] == 64**2 * 320 * 4 * 9
+    assert macs.layers["up_blocks.2.upsamplers.0.conv"] == 64**2 * 640 * 640 * 9
+    assert macs.layers["up_blocks.3.resnets.0.conv_shortcut"] == 64**2 * 320 * (640 + 320)
+    assert macs.layers["time_embedding.linear_1"] == 320 * 1280
 
 
 def test_hunyuan_skip_linear_at_1024_px():

@@ -12,6 +12,7 @@ from models import geometry
 from models.families import FAMILIES
 from models.layers import find_slots
 from quant import config
+from quant.methods import METHODS
 
 SELF_ATTENTION, CROSS_ATTENTION = ([f"attn{i}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] for i in (1, 2))
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
@@ -50,18 +51,22 @@ def attention(path, depth=1):
     return [f"{path}.proj_in", f"{path}.proj_out", *inside(blocks, BLOCK)]
 
 
+def sdxl_attentions():
+    transformers = {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}  # how many, how deep
+    transformers |= {"up_blocks.0": (3, 10), "up_blocks.1": (3, 2)}
+    for block, (count, depth) in transformers.items():
+        for j in range(count):
+            yield from attention(f"{block}.attentions.{j}", depth)
+
+
 def sdxl():
-    depths = {"down_blocks.1": [2] * 2, "down_blocks.2": [10] * 2, "mid_block": [10]}
-    depths |= {"up_blocks.0": [10] * 3, "up_blocks.1": [2] * 3}
     ends = ["conv_in", "conv_out", *inside(["time_embedding", "add_embedding"], ["linear_1", "linear_2"])]
     ends += [f"{part}_blocks.{i}.{part}samplers.0.conv" for part in ("down", "up") for i in (0, 1)]
     up = [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(3)]
     resnets = [f"{block}.resnets.{j}" for block in (*(f"down_blocks.{i}" for i in range(3)), "mid_block") for j in (0, 1)]
     shortcuts = ["down_blocks.1.resnets.0", "down_blocks.2.resnets.0", *up]  # the builder looks for one in every resnet
     layers = inside([*resnets, *up], ["conv1", "time_emb_proj", "conv2"]) + inside(shortcuts, ["conv_shortcut"])
-    attentions = [f"{block}.attentions.{j}" for block, each in depths.items() for j in range(len(each))]
-    pairs = zip(attentions, sum(depths.values(), []), strict=True)
-    return keys([*ends, *layers, *(name for pair in pairs for name in attention(*pair))], split=inside(up, ["conv1"]))
+    return keys([*ends, *layers, *sdxl_attentions()], split=inside(up, ["conv1"]))
 
 
 def sdv15():
@@ -107,8 +112,9 @@ def test_the_published_graph_builder_finds_its_keys(slots):
 def test_the_published_features_can_be_computed(slots):
     """Of a key's value it takes the method, FP bytes / quantized bytes and the error."""
     name, slots = slots
-    entries = {slot.tie: {"errors": {config.draw_random(slots, 1, 0)[slot.tie]: 0.5}} for slot in slots.values()}
-    description = config.describe(config.draw_random(slots, 1, 0), slots, entries, FAMILIES[name].precision_bits)
+    entries = {slot.tie: {"errors": dict.fromkeys(METHODS, 0.5)} for slot in slots.values()}
+    drawn = config.draw_random(slots, seed=1, index=0)
+    description = config.describe(drawn, slots, entries, FAMILIES[name].precision_bits)
     for method, fp_bytes, quantized_bytes, error in description.values():
         algorithm, bits = method.split("-")
         assert algorithm in ("mse", "kmeans", "kmeans_all") and int(bits) in (3, 4)

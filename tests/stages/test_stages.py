@@ -65,21 +65,6 @@ def test_the_cache(labels, family):
         assert all([type(x) for x in value] == [str, int, int, float] for value in row["config"].values())
 
 
-def test_the_published_graph_builder_finds_its_keys(labels):
-    """It takes these keys of a row's `config`, deletes each as it goes, and asserts that none is left."""
-    row = quant_cache.load(labels / "quant_cache.pkl")[0]
-    embedder = [f"norm1.emb.timestep_embedder.linear_{i}" for i in (1, 2)]
-    attention = [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    block = [*embedder, "norm1.linear", *attention, "ff.net.0.proj", "ff.net.2"]
-    paths = ["pos_embed.proj", "proj_out_1", "proj_out_2"]
-    paths += [f"transformer_blocks.{i}.{name}" for i in range(28) for name in block]
-    assert row["config"].keys() == {f"model.{path}.weight_quantizer" for path in paths}
-    for method, fp_bytes, quantized_bytes, error in row["config"].values():
-        algorithm, bits = method.split("-")
-        assert algorithm in ("mse", "kmeans", "kmeans_all") and int(bits) in (3, 4)
-        assert fp_bytes / quantized_bytes > 0 and error * 100 >= 0
-
-
 def test_what_stands_beside_the_cache(labels):
     settings = OmegaConf.load(labels / "sampling_config.yaml")
     assert settings.n_imgs == 12 and settings.seed == 42 and settings.guidance == 1.5
