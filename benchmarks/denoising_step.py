@@ -7,6 +7,7 @@ step for one image with guidance (batch 2), peak GPU memory, and the relative ch
 """
 
 import argparse
+import gc
 import time
 
 import torch
@@ -38,6 +39,7 @@ def finish(device):
 def measure(name, device, dtype, repeats):
     """A line per setting of one family."""
     family = FAMILIES[name]
+    gc.collect()  # the denoiser before: its layers and their parts refer to one another
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)

@@ -216,7 +216,7 @@ FAMILIES = {
             fp_weights=716_986_368,
             num_layers=255,
             num_keys=255,
-            embedded=Embedded(guidance=4.0, label_guidance=1.5),
+            embedded=Embedded(guidance=4.0, label_guidance=2.0),
         ),
     ]
 }

@@ -2,12 +2,16 @@
 
 import contextlib
 import inspect
+import pickle
+import zipfile
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from transformers import CLIPTokenizer
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import snapshot_download
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from errors import InputError, first_line
 from models.inputs import first_call, map_tensors
@@ -18,7 +22,11 @@ SINGLE_FILES = (".ckpt", ".safetensors")
 SD1_FOLDER = Path(__file__).parent / "ldm" / "stable-diffusion-v1"
 SD1_CONFIG = SD1_FOLDER / "v1-5-pruned-emaonly"  # of a single file that has no folder of its own name beside it
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
-NOT_LOADED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
+INDEX = "model_index.json"
+NOT_LOADED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, SingleFileComponentError),
+)
 
 
 def is_embedded(family, model_id):
@@ -87,7 +95,7 @@ class Sampler:
         """What the denoiser is called with for one image without guidance, on the meta device: for shapes alone."""
         prompts = [0] if self.family.num_classes else ["a picture"]
         call = self.arguments(prompts, resolution) | {"num_inference_steps": 1, "guidance_scale": 1.0}
-        return map_tensors(lambda tensor: tensor.to("meta"), first_call(self.pipeline, self.denoiser, **call))
+        return map_tensors(_shape_alone, first_call(self.pipeline, self.denoiser, **call))
 
 
 def load_sampler(family, model_id, device, refiner_id=None):
@@ -112,16 +120,17 @@ def load_sampler(family, model_id, device, refiner_id=None):
 
 def load_denoiser(family, model_id, device):
     """The family's denoiser alone, without text encoders and autoencoder, as `load_sampler` would load it."""
-    if is_single_file(model_id):
-        denoiser = getattr(_load(family, family.pipeline, model_id), family.denoiser)
-    else:
-        with _explained(family, family.pipeline, model_id):
+    with _explained(family, family.pipeline, model_id):
+        if is_single_file(model_id):
+            denoiser = _denoiser_of_single_file(family, Path(model_id))
+        else:
             folder = folder_of(family, model_id)
-            _check_class(family, model_id, diffusers.DiffusionPipeline.load_config(folder)["_class_name"])
+            _check_class(family, model_id, _index_of(folder), family.pipeline)
             denoiser = diffusers.AutoModel.from_pretrained(
                 folder, subfolder=family.denoiser, dtype=family.dtype, **_variant(family, folder)
             )
-    return denoiser.to(device, compute_dtype(family, device))
+    with _quiet():
+        return denoiser.to(device, compute_dtype(family, device))
 
 
 def compute_dtype(family, device):
@@ -140,8 +149,13 @@ def refiner_of(family, model_id):
     return str(EMBEDDED_FOLDER / family.refiner.name) if is_embedded(family, model_id) else family.refiner.model_id
 
 
+def _shape_alone(tensor):
+    """The tensor on the meta device, in the precision of `meta_denoiser`."""
+    return tensor.to("meta", torch.float32) if tensor.is_floating_point() else tensor.to("meta")
+
+
 def meta_denoiser(denoiser):
-    """A copy of the denoiser without weights, on the meta device: for shapes alone."""
+    """A copy of the denoiser in float32 without weights, on the meta device: for shapes alone."""
     with torch.device("meta"):
         return type(denoiser).from_config(denoiser.config)
 
@@ -152,42 +166,89 @@ def _load(family, class_name, model_id, **parts):
         if is_single_file(model_id):
             return _load_single_file(family, pipeline_class, Path(model_id))
         folder = folder_of(family, model_id)
-        pipeline = pipeline_class.from_pretrained(folder, dtype=family.dtype, **parts, **_variant(family, folder))
-    _check_class(family, model_id, type(pipeline).__name__, class_name)
-    return pipeline
+        _check_class(family, model_id, _index_of(folder), class_name)
+        return pipeline_class.from_pretrained(folder, dtype=family.dtype, **parts, **_variant(family, folder))
+
+
+def _index_of(folder):
+    """The index of the pipeline in a folder or, fetched at once or not at all, of a Hub id."""
+    local = folder if Path(folder).is_dir() else snapshot_download(folder, allow_patterns=INDEX)
+    return diffusers.DiffusionPipeline.load_config(local)
 
 
 def _load_single_file(family, pipeline_class, path):
-    """A CompVis checkpoint, its configuration from a folder beside it or in the project, never from the Hub."""
+    """The pipeline of a CompVis checkpoint, configured without the Hub."""
+    config = _config_beside(family, path)
+    parts = {"tokenizer": _clip_tokenizer(config), "safety_checker": None, "feature_extractor": None}
+    pipeline = _from_single_file(family, pipeline_class, path, config, **parts)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and any(weight.is_meta for weight in part.parameters()):
+            raise ValueError(f"not all weights of its {name} are in it")
+    return pipeline
+
+
+def _denoiser_of_single_file(family, path):
+    config = _config_beside(family, path)
+    denoiser_class = getattr(diffusers, _index_of(config)[family.denoiser][1])
+    return _from_single_file(family, denoiser_class, path, config, subfolder=family.denoiser)
+
+
+def _from_single_file(family, loaded_class, path, config, **arguments):
+    with torch.serialization.safe_globals(_stand_ins(path)):
+        return loaded_class.from_single_file(
+            str(path), config=str(config), local_files_only=True, dtype=family.dtype, **arguments
+        )
+
+
+def _config_beside(family, path):
+    """The folder that configures a checkpoint: of its own name beside it, else the project's."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such checkpoint; download {path.name} of {family.title} and put it there, or name another "
             "file, folder or Hub id with --model_id; `--model_id embedded` works offline"
         )
-    config = path.with_suffix("")
-    config = config if config.is_dir() else SD1_CONFIG
-    return pipeline_class.from_single_file(
-        str(path),
-        config=str(config),
-        tokenizer=_clip_tokenizer(config),
-        safety_checker=None,
-        feature_extractor=None,
-        local_files_only=True,
-        torch_dtype=family.dtype,
-    )
+    beside = path.with_suffix("")
+    config = beside if (beside / INDEX).is_file() else SD1_CONFIG
+    _check_class(family, config, _index_of(config), family.pipeline)
+    return config
+
+
+class _StandIn:
+    """Takes the place of an object that is not read: does nothing with whatever it is given."""
+
+    def __init__(self, *_arguments):
+        pass
+
+    def __setstate__(self, _state):
+        pass
+
+
+def _stand_ins(path):
+    """(stand-in, name) of everything in a checkpoint that is neither tensor nor plain data.
+
+    The published checkpoint keeps its trainer's callbacks, objects of PyTorch Lightning, beside the weights.
+    """
+    if not zipfile.is_zipfile(path):
+        return []
+    return [(_StandIn, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
 
 
 def _clip_tokenizer(config):
-    """The tokenizer in the configuration's folder, else CLIP's from the Hub or its cache."""
-    if (config / "tokenizer").is_dir():
-        return CLIPTokenizer.from_pretrained(config / "tokenizer")
-    try:
-        return CLIPTokenizer.from_pretrained(SD1_TOKENIZER)
-    except NOT_LOADED:
-        raise InputError(
-            f"the checkpoint holds no vocabulary, and {SD1_TOKENIZER} cannot be fetched from the Hub; "
-            f"put that model's vocab.json and merges.txt in {config / 'tokenizer'}"
-        ) from None
+    """The tokenizer in the configuration's folder, else CLIP's from the Hub or its cache.
+
+    Tokens are counted because transformers takes a folder without a vocabulary for an empty one.
+    """
+    text_encoder = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
+    folder = config / "tokenizer"
+    with contextlib.suppress(*NOT_LOADED):
+        found = folder if folder.is_dir() else snapshot_download(SD1_TOKENIZER, allow_patterns=["*.json", "merges.txt"])
+        tokenizer = CLIPTokenizer.from_pretrained(found, model_max_length=text_encoder.max_position_embeddings)
+        if len(tokenizer) == text_encoder.vocab_size:
+            return tokenizer
+    raise InputError(
+        f"the checkpoint holds no vocabulary, and the {text_encoder.vocab_size} tokens of {SD1_TOKENIZER} are neither "
+        f"in {folder} nor fetched from the Hub; put that model's vocab.json and merges.txt there"
+    )
 
 
 def _variant(family, folder):
@@ -195,10 +256,9 @@ def _variant(family, folder):
     return {"variant": family.variant} if family.variant and not Path(folder).is_dir() else {}
 
 
-def _check_class(family, model_id, found, wanted=None):
-    wanted = wanted or family.pipeline
-    if found != wanted:
-        raise InputError(f"{model_id}: holds a {found}, {family.title} needs a {wanted}")
+def _check_class(family, model_id, index, wanted):
+    if index["_class_name"] != wanted:
+        raise InputError(f"{model_id}: holds a {index['_class_name']}, {family.title} needs a {wanted}")
 
 
 @contextlib.contextmanager

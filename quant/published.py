@@ -9,7 +9,7 @@ import re
 import torch
 
 from errors import InputError
-from models.layers import find_slots, in_part, key_of
+from models.layers import find_slots, free_keys, in_part, key_of
 from quant import methods
 from quant.entries import make_entry
 
@@ -25,12 +25,16 @@ def shapes(content):
 
 
 def check_keys(content, path, slots, family):
-    """Raise InputError, naming the first, if the file quantizes weights that this denoiser has not."""
+    """Raise InputError, naming the first, if the file has weights that this denoiser has not, or the other way round."""
     keys = dict.fromkeys(key.partition(".quant_params.")[0] for key in content if ".quant_params." in key)
     skipped = [re.compile(key_of(skip)) for skip in family.skips]
     unknown = [k for k in keys if ".weight_quantizer" in k and k not in slots and not any(s.fullmatch(k) for s in skipped)]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+    for key in free_keys(slots):
+        for name in methods.METHODS:
+            if f"{key}.quant_params.{name}" not in content:
+                raise InputError(f"{path}: has no {name} for {key}")
 
 
 def convert(content, path, weights):
@@ -44,9 +48,7 @@ def convert(content, path, weights):
 def _convert_slot(content, path, key, weight):
     parameters = {}
     for name, method in methods.METHODS.items():
-        tensor = content.get(f"{key}.quant_params.{name}")
-        if tensor is None:
-            raise InputError(f"{path}: has no {name} for {key}")
+        tensor = content[f"{key}.quant_params.{name}"]
         read = _read_uaq if method.algorithm == "mse" else _read_kmeans
         try:
             if not torch.is_tensor(tensor) or not tensor.is_floating_point() or not tensor.ndim:

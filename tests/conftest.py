@@ -101,13 +101,13 @@ def tiny_mq(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load_tiny(tiny_mq):
-    """A tiny denoiser by the family's name, its slots and entries."""
+    """A new tiny denoiser by the family's name, and its slots and entries, which tests share and do not change."""
 
+    @functools.cache
     def load(name):
-        denoiser = tiny(name)
-        return denoiser, *multiquantizer.load(tiny_mq(name), denoiser, FAMILIES[name])
+        return multiquantizer.load(tiny_mq(name), tiny(name), FAMILIES[name])
 
-    return load
+    return lambda name: (tiny(name), *load(name))
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def conditions_of(pipeline, recipe, batch_size=100):
     batches = [arguments_for(pipeline, recipe, prompts[at : at + batch_size]) for at in range(0, len(prompts), batch_size)]
     own = arguments_for(pipeline, recipe, prompts[:1])
     both = arguments_for(pipeline, recipe, prompts[:1], guidance_scale=2.0)
-    varied = [name for name, value in batches[0].items() if isinstance(value, torch.Tensor) and len(value) == batch_size]
+    rows = len(prompts[:batch_size])
+    varied = [name for name, value in batches[0].items() if isinstance(value, torch.Tensor) and len(value) == rows]
     table = {name: torch.cat([*(batch[name] for batch in batches), unguided_row(own[name], both[name])]) for name in varied}
     return drop_masked_tokens(table), {name: value for name, value in own.items() if name not in table}
 

@@ -140,7 +140,8 @@ def test_sdxl_boundaries_by_hand():
     """Hidden channels come from the resnet before: the first of a block still has those of the block before it."""
     slots = real_slots("sdxl")
     inputs = [
-        [slots[key_of(f"up_blocks.{i}.resnets.{j}.conv1", part)].inputs for j in range(3) for part in (0, 1)] for i in range(3)
+        [slots[key_of(f"up_blocks.{i}.resnets.{j}.conv1", part)].inputs for j in range(3) for part in (0, 1)]
+        for i in range(3)
     ]
     assert inputs[0] == [(0, 1280), (1280, 2560), (0, 1280), (1280, 2560), (0, 1280), (1280, 1920)]
     assert inputs[1] == [(0, 1280), (1280, 1920), (0, 640), (640, 1280), (0, 640), (640, 960)]
@@ -227,9 +228,7 @@ def described(name, method):
 def test_full_precision_bytes(name):
     fp_bytes = sum(row[1] for row in described(name, "mse-4").values())
     assert fp_bytes == COUNTS[name][2] * (4 if name == "sdv15" else 2)
-    assert fp_bytes == config.quantized_size(
-        config.describe_full_precision(real_slots(name), FAMILIES[name].precision_bits)
-    )
+    assert fp_bytes == config.quantized_size(config.describe_full_precision(real_slots(name), FAMILIES[name].precision_bits))
 
 
 def topology(denoiser, family):

@@ -2,8 +2,10 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import SPLIT_FAMILIES, tiny
 
 from errors import InputError
+from models.families import FAMILIES
 from models.layers import find_slots, free_keys
 from quant import config
 from quant.methods import METHODS
@@ -109,3 +111,91 @@ def test_other_pickles_are_refused(tmp_path, slots, content):
 def test_unknown_uniform_method(slots):
     with pytest.raises(InputError, match="unknown method 'mse-9'"):
         config.load("uniform:mse-9", slots)
+
+
+# Keys written by hand of the tiny denoisers: a weight, and one part of a split weight where the family has any.
+KEYS = {
+    "pixart_alpha": ["model.transformer_blocks.1.attn2.to_out.0.weight_quantizer"],
+    "pixart_sigma": ["model.adaln_single.linear.weight_quantizer"],
+    "hunyuan": ["model.pos_embed.proj.weight_quantizer", "model.blocks.4.skip_linear.weight_quantizer_0"],
+    "sdxl": ["model.add_embedding.linear_1.weight_quantizer", "model.up_blocks.0.resnets.2.conv1.weight_quantizer_0"],
+    "sdv15": ["model.input_blocks.6.0.op.weight_quantizer", "model.output_blocks.0.0.skip_connection.weight_quantizer_0"],
+    "dit": ["model.transformer_blocks.1.norm1.linear.weight_quantizer"],
+}
+EACH_KEY = pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in KEYS.items() for key in keys])
+
+
+def published_style(name, path, seed=0):
+    """A {key: method} pickle of the tiny denoiser, as published ones are: plain, every key, no order promised."""
+    slots = find_slots(tiny(name), FAMILIES[name])
+    content = dict(reversed(config.draw_random(slots, seed, 0).items()))
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    return slots, content
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_pickles_load(name, tmp_path):
+    slots, content = published_style(name, tmp_path / "c.pkl")
+    loaded = config.load(tmp_path / "c.pkl", slots)
+    assert loaded == content and list(loaded) == list(slots)
+    assert set(KEYS[name]) <= loaded.keys()
+
+
+@EACH_KEY
+def test_missing_keys_of_each_family_are_named(name, key, tmp_path):
+    slots, content = published_style(name, tmp_path / "c.pkl")
+    config.save({k: v for k, v in content.items() if k != key}, tmp_path / "c.pkl")
+    with pytest.raises(InputError, match=rf"c\.pkl: 1 of {len(slots)} keys are missing, first {key}$"):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+@EACH_KEY
+def test_unknown_keys_of_each_family_are_named(name, key, tmp_path):
+    slots, content = published_style(name, tmp_path / "c.pkl")
+    unknown = key.removesuffix("_0") + "_1"
+    config.save(content | {unknown: "mse-4"}, tmp_path / "c.pkl")
+    with pytest.raises(InputError, match=rf"c\.pkl: 1 keys are not of this denoiser, first {unknown}$"):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_family_s_configuration_is_refused(name, tmp_path):
+    other = {"pixart_alpha": "dit", "pixart_sigma": "hunyuan", "hunyuan": "sdv15", "sdxl": "sdv15", "sdv15": "sdxl"}
+    slots = find_slots(tiny(name), FAMILIES[name])
+    published_style(other.get(name, "pixart_alpha"), tmp_path / "c.pkl")
+    with pytest.raises(InputError, match="keys are not of this denoiser"):
+        config.load(tmp_path / "c.pkl", slots)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_configurations_check_and_load(name, tmp_path):
+    slots = find_slots(tiny(name), FAMILIES[name])
+    for index in range(5):
+        drawn = config.draw_random(slots, 0, index)
+        config.check(drawn, slots)
+        config.save({key: drawn[key] for key in free_keys(slots)}, tmp_path / "c.pkl")
+        assert config.load(tmp_path / "c.pkl", slots) == drawn
+
+
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_the_parts_of_a_weight_are_drawn_apart(name):
+    slots = find_slots(tiny(name), FAMILIES[name])
+    rest = [key for key in slots if key.endswith("_0")]
+    drawn = [config.draw_random(slots, 0, index) for index in range(20)]
+    pairs = {(configuration[key.removesuffix("_0")], configuration[key]) for configuration in drawn for key in rest}
+    assert rest and len(pairs) > 20  # of 36, at random
+
+
+@pytest.mark.parametrize(
+    ("method", "overhead_numbers"),
+    [("mse-4", (2 * 16, 2 * 16)), ("kmeans-3", (8 * 16, 8 * 16)), ("kmeans_all-3", (8, 8)), ("kmeans_all-4", (16, 16))],
+)
+def test_each_part_pays_its_own_overhead(method, overhead_numbers, load_tiny):
+    """A [16, 32] skip_linear is two [16, 16] halves, each with its own scales or centroids of two bytes."""
+    _, slots, entries = load_tiny("hunyuan")
+    described = config.describe(config.uniform(slots, method), slots, entries, precision_bits=16)
+    keys = [f"model.blocks.5.skip_linear.weight_quantizer{ending}" for ending in ("", "_0")]
+    for key, overhead in zip(keys, overhead_numbers, strict=True):
+        assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * METHODS[method].bits // 8 + 2 * overhead]
+        assert described[key][3] == entries[key]["errors"][method]
+    assert described[keys[0]][3] != described[keys[1]][3]

@@ -1,27 +1,74 @@
-"""One block of DiT-XL/2 at full size, on random weights."""
+"""Few blocks of the six denoisers at full width, on random weights, for one denoising step."""
 
+import pytest
 import torch
-from conftest import REAL_DIT
-from diffusers import DiTTransformer2DModel
 
-from models.layers import find_slots
-from quant import config, modules, multiquantizer
+from models import geometry
+from models.families import FAMILIES
+from models.layers import find_slots, in_part
+from quant import config, methods, modules, multiquantizer
+
+# Two levels of the U-Nets, at their own channels; four blocks of Hunyuan, since fewer have no skip.
+SDXL = {
+    "block_out_channels": (320, 640),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (5, 10),
+    "layers_per_block": 1,
+}
+SDV15 = {
+    "block_out_channels": (320, 640),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+# family -> changes of its geometry, the modules that are quantized
+FEWER = {
+    "pixart_alpha": ({"num_layers": 1}, ["transformer_blocks.0.attn1", "transformer_blocks.0.attn2", "caption_projection"]),
+    "pixart_sigma": ({"num_layers": 1}, ["transformer_blocks.0.ff"]),
+    "hunyuan": ({"num_layers": 4}, ["blocks.3.skip_linear", "blocks.3.attn2"]),
+    "sdxl": (SDXL, ["up_blocks.0.resnets", "up_blocks.1.resnets"]),
+    "sdv15": (SDV15, ["up_blocks.0.resnets", "up_blocks.1"]),
+    "dit": ({"num_layers": 1}, ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]),
+}
+
+
+def few_blocks(name):
+    torch.manual_seed(0)
+    return geometry.build(name, **FEWER[name][0]).eval()
 
 
 @torch.no_grad()
-def test_one_block_builds_saves_loads_and_applies(tmp_path, family):
-    torch.manual_seed(0)
-    denoiser = DiTTransformer2DModel(**REAL_DIT | {"num_layers": 1}).half()
-    slots = find_slots(denoiser, family)
-    path = tmp_path / "mq.pt"
-    multiquantizer.build(denoiser, family, path)
-    entries = multiquantizer.load(path, denoiser, family)
-    layers = modules.install(denoiser, family)
-    for method in ("mse-4", "kmeans-4", "kmeans_all-3"):
-        config.apply(config.uniform(slots, method), layers, slots, entries)
-        for layer in layers.values():
-            if layer.weight[0].numel() == 16:
-                continue  # as many centroids as weights: K-Means-C changes nothing
-            change = (layer.weight.float() - layer.original.float()).norm() / layer.original.float().norm()
-            assert 0.01 < change < 0.35
-    assert entries["model.transformer_blocks.0.ff.net.2.weight_quantizer"]["shape"] == [1152, 4608]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_with_a_configuration(name):
+    """Quantized to 4 bits, then packed: the prediction is finite, another one, and the same packed."""
+    family, denoiser = FAMILIES[name], few_blocks(name)
+    inputs = geometry.example_inputs(name, denoiser, pixels=16)
+    before = denoiser(**inputs, return_dict=False)[0]
+    slots = {
+        key: slot for key, slot in find_slots(denoiser, family).items() if any(in_part(slot, p) for p in FEWER[name][1])
+    }
+    parts = modules.install(denoiser, family, slots)
+    entries = {key: {"parameters": {"mse-4": methods.fit_uaq(part.original, 4)}} for key, part in parts.items()}
+    configuration = config.uniform(slots, "mse-4")
+    config.apply(configuration, parts, slots, entries)
+    quantized = denoiser(**inputs, return_dict=False)[0]
+    assert quantized.isfinite().all() and quantized.shape == before.shape
+    assert 1e-4 < (quantized - before).norm() / before.norm() < 1
+    config.pack(configuration, parts, slots, entries)
+    assert torch.equal(denoiser(**inputs, return_dict=False)[0], quantized)
+    assert any(slot.inputs for slot in slots.values()) == bool(family.splits)
+
+
+def test_six_fits_at_full_width(tmp_path, family):
+    denoiser = few_blocks("dit")
+    path, prefix = tmp_path / "mq.pt", "transformer_blocks.0.attn1.to_q"
+    multiquantizer.build(denoiser, family, path, prefix)
+    content = torch.load(path, weights_only=True)["slots"]
+    (key,) = content
+    weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family)[key], family)
+    assert content[key]["shape"] == [1152, 1152]
+    for method, parameters in content[key]["parameters"].items():
+        change = (methods.apply(method, weight, parameters).float() - weight.float()).norm() / weight.float().norm()
+        assert 0.01 < change < 0.35

@@ -1,8 +1,13 @@
+import copy
+import re
+import shutil
+
 import pytest
 import torch
-from conftest import tiny_dit
+from conftest import SPLIT_FAMILIES, tiny, tiny_dit
 
 from errors import InputError
+from models.families import FAMILIES
 from models.layers import find_slots, free_keys, key_of
 from quant import entries as entries_module
 from quant import methods, multiquantizer
@@ -14,17 +19,48 @@ def built(tmp_path, denoiser, family):
     return path, multiquantizer.build(denoiser, family, path)
 
 
-def test_build_save_load(built, denoiser, family):
-    path, entries = built
-    loaded = multiquantizer.load(path, denoiser, family)
-    slots = find_slots(denoiser, family)
-    assert list(loaded) == free_keys(slots) and len(loaded) == len(slots) - 2  # one timestep embedder, not two
-    for key, entry in loaded.items():
-        assert entry["fingerprint"] == entries[key]["fingerprint"]
-        for name, parameters in entry["parameters"].items():
-            weight = multiquantizer.slot_weight(denoiser, slots[key], family)
-            quantized = methods.apply(name, weight, parameters)
-            assert entry["errors"][name] == methods.error(weight, quantized)
+def same_entries(one, other):
+    """Whether two multiquantizers hold the same slots, in the same order, fingerprints, errors and parameters."""
+    plain = [{k: {n: v for n, v in e.items() if n != "parameters"} for k, e in mq.items()} for mq in (one, other)]
+    if plain[0] != plain[1] or list(one) != list(other):
+        return False
+    return all(
+        parameters.keys() == other[key]["parameters"][method].keys()
+        and all(torch.equal(tensor, other[key]["parameters"][method][name]) for name, tensor in parameters.items())
+        for key, entry in one.items()
+        for method, parameters in entry["parameters"].items()
+    )
+
+
+@pytest.mark.parametrize("name", ["dit", *SPLIT_FAMILIES])
+def test_build_save_load(name, tmp_path, load_tiny):
+    family = FAMILIES[name]
+    denoiser, slots, entries = load_tiny(name)
+    assert slots == find_slots(denoiser, family) and list(entries) == free_keys(slots)
+    multiquantizer.save(entries, family, tmp_path / "again.pt")
+    assert same_entries(multiquantizer.load(tmp_path / "again.pt", denoiser, family)[1], entries)
+    for key, entry in entries.items():
+        weight = multiquantizer.slot_weight(denoiser, slots[key], family)
+        assert entry["shape"] == list(weight.shape) == list(slots[key].shape)
+        for method, parameters in entry["parameters"].items():
+            assert entry["errors"][method] == methods.error(weight, methods.apply(method, weight, parameters))
+
+
+def test_tied_weights_are_fitted_once(built):
+    assert len(built[1]) == 21 - 2  # one timestep embedder, not two
+
+
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_parts_are_fitted_to_their_own_channels(name, load_tiny):
+    denoiser, slots, entries = load_tiny(name)
+    split = [slot for slot in slots.values() if slot.key.endswith("_0")]
+    for rest in split:
+        weight = denoiser.get_submodule(rest.module_path).weight.detach().to(FAMILIES[name].dtype)
+        first = slots[rest.key.removesuffix("_0")]
+        channels = [first.shape[1], rest.shape[1]]
+        for slot, part in zip((first, rest), weight.split(channels, dim=1), strict=True):
+            assert entries[slot.key]["fingerprint"] == entries_module.fingerprint(part)
+    assert split
 
 
 def test_file_holds_no_weights(built, denoiser, family):
@@ -153,3 +189,125 @@ def test_precision_of_the_run_does_not_matter(denoiser, family):
     for slot in slots.values():
         one, two = (multiquantizer.slot_weight(d, slot, family) for d in (denoiser, half))
         assert entries_module.fingerprint(one) == entries_module.fingerprint(two)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folder of a tiny SDXL's seven parts, each fitted by itself."""
+    folder, family = tmp_path_factory.mktemp("parts"), FAMILIES["sdxl"]
+    denoiser = tiny("sdxl")
+    for prefix in family.parts:
+        multiquantizer.build(denoiser, family, multiquantizer.part_path(folder / "sdxl_mq.pt", prefix), prefix)
+    return folder
+
+
+@pytest.fixture
+def stitched(parts, tmp_path):
+    """Stitch a copy of the parts, changed as asked: stitched(denoiser, {prefix: change of its content or None})."""
+
+    def stitch(denoiser, changes=None):
+        folder = shutil.copytree(parts, tmp_path / "parts")
+        for prefix, change in (changes or {}).items():
+            file = folder / f"sdxl_{prefix}_mq.pt"
+            content = torch.load(file, weights_only=True)
+            file.unlink()
+            if change is not None:
+                change(content["slots"])
+                torch.save(content, file)
+        return multiquantizer.stitch(denoiser, FAMILIES["sdxl"], folder / "sdxl_mq.pt")
+
+    return stitch
+
+
+def test_part_paths(tmp_path):
+    assert multiquantizer.part_path(tmp_path / "sdxl_mq.pt", "conv_in") == tmp_path / "sdxl_conv_in_mq.pt"
+    assert multiquantizer.part_path(tmp_path / "other.pt", "conv_in") == tmp_path / "other_conv_in_mq.pt"
+
+
+def test_each_part_holds_its_own_modules(parts, load_tiny):
+    _, slots, entries = load_tiny("sdxl")
+    for prefix in FAMILIES["sdxl"].parts:
+        content = torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)
+        expected = [key for key in entries if slots[key].module_path.split(".")[0] == prefix]
+        assert list(content["slots"]) == expected and expected and content["prefix"] == prefix
+
+
+def test_stitched_parts_are_what_one_build_gives(stitched, load_tiny, tmp_path):
+    denoiser, slots, entries = load_tiny("sdxl")
+    assert same_entries(stitched(denoiser), entries)
+    own_slots, own_entries = multiquantizer.load(tmp_path / "parts/sdxl_mq.pt", denoiser, FAMILIES["sdxl"])
+    assert own_slots == slots and same_entries(own_entries, entries)
+
+
+def entry_of(parts, prefix, key):
+    return torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)["slots"][key_of(key)]
+
+
+@pytest.mark.parametrize(("holder", "owner"), [("conv_out", "conv_in"), ("conv_in", "conv_out")])
+def test_overlapping_parts_are_refused(stitched, parts, holder, owner):
+    """Whichever of the two is read first, the later file and the key are named."""
+    entry = entry_of(parts, owner, owner)
+    message = rf"sdxl_conv_out_mq\.pt: overlaps .*sdxl_conv_in_mq\.pt, both have {re.escape(key_of(owner))};"
+    with pytest.raises(InputError, match=message):
+        stitched(tiny("sdxl"), {holder: lambda slots: slots.update({key_of(owner): entry})})
+
+
+def test_a_missing_part_is_refused(stitched, tmp_path):
+    with pytest.raises(InputError, match=r"sdxl_mid_block_mq\.pt: no such part; make it with --prefix mid_block"):
+        stitched(tiny("sdxl"), {"mid_block": None})
+    assert not (tmp_path / "parts/sdxl_mq.pt").exists()
+
+
+def test_a_part_that_misses_layers_is_refused(stitched):
+    key = key_of("up_blocks.1.resnets.0.conv1", 1)
+    message = rf"sdxl_up_blocks_mq\.pt: 1 of \d+ layers are missing, first {re.escape(key)}$"
+    with pytest.raises(InputError, match=message):
+        stitched(tiny("sdxl"), {"up_blocks": lambda slots: slots.pop(key)})
+
+
+def test_a_part_with_other_layers_is_refused(stitched, parts):
+    entry = entry_of(parts, "conv_in", "conv_in")
+    with pytest.raises(InputError, match=r"sdxl_conv_in_mq\.pt: 1 keys are not of this denoiser, first model\.nowhere"):
+        stitched(tiny("sdxl"), {"conv_in": lambda slots: slots.update({key_of("nowhere"): entry})})
+
+
+def test_parts_of_other_weights_are_refused(stitched):
+    denoiser = tiny("sdxl")
+    with torch.no_grad():
+        denoiser.mid_block.resnets[0].conv2.weight[0, 0] += 0.5
+    message = r"sdxl_mid_block_mq\.pt: made from other weights .*\(layer mid_block\.resnets\.0\.conv2\)"
+    with pytest.raises(InputError, match=message):
+        stitched(denoiser)
+
+
+def test_a_part_alone_is_no_multiquantizer(parts):
+    file = parts / "sdxl_down_blocks_mq.pt"
+    with pytest.raises(InputError, match=r"layers are missing, first model\.conv_in\.weight_quantizer"):
+        multiquantizer.load(file, tiny("sdxl"), FAMILIES["sdxl"])
+
+
+def test_other_weights_in_one_part_of_a_layer_are_refused(tiny_mq, load_tiny):
+    denoiser, slots, _ = load_tiny("hunyuan")
+    rest = slots[key_of("blocks.5.skip_linear", 1)]
+    with torch.no_grad():
+        denoiser.get_submodule(rest.module_path).weight[0, rest.inputs[0]] += 0.5
+    with pytest.raises(InputError, match=r"layer blocks\.5\.skip_linear"):
+        multiquantizer.load(tiny_mq("hunyuan"), denoiser, FAMILIES["hunyuan"])
+
+
+def test_the_split_is_the_file_s(tmp_path, load_tiny):
+    """A file whose weights are cut elsewhere loads with its own boundaries."""
+    family = FAMILIES["sdxl"]
+    denoiser, slots, entries = load_tiny("sdxl")
+    key = key_of("up_blocks.1.resnets.0.conv1")
+    weight = denoiser.get_submodule(slots[key].module_path).weight.detach().half()
+    moved = dict(entries)
+    moved[key], moved[f"{key}_0"] = (entries_module.fit_entry(part) for part in (weight[:, :5], weight[:, 5:]))
+    multiquantizer.save(moved, family, tmp_path / "moved.pt")
+    own_slots, _ = multiquantizer.load(tmp_path / "moved.pt", denoiser, family)
+    assert own_slots[key].inputs == (0, 5) and own_slots[f"{key}_0"].inputs == (5, weight.shape[1])
+    wrong = copy.deepcopy(moved)
+    wrong[f"{key}_0"] = entries[f"{key}_0"]  # the parts do not join
+    multiquantizer.save(wrong, family, tmp_path / "wrong.pt")
+    with pytest.raises(InputError, match=r"other weights than this model's \(layer up_blocks\.1\.resnets\.0\.conv1\)"):
+        multiquantizer.load(tmp_path / "wrong.pt", denoiser, family)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import SPLIT_FAMILIES, tiny, tiny_dit
 from sklearn.cluster import KMeans
 from test_uaq import published_search
 
 from errors import InputError
-from models.layers import find_slots, free_keys
-from quant import methods, multiquantizer, published
+from models.families import FAMILIES
+from models.layers import find_slots, free_keys, key_of
+from quant import config, methods, modules, multiquantizer, published, uaq
 
 
 def published_kmeans(weight, bits, per_channel):
@@ -33,8 +35,6 @@ def published_uaq_weight(weight, pair, bits):
 
 @pytest.fixture(scope="module")
 def published_file(tmp_path_factory, family):
-    from conftest import tiny_dit
-
     denoiser = tiny_dit(layers=1)
     content = {}
     for key, slot in find_slots(denoiser, family).items():
@@ -53,9 +53,8 @@ def published_file(tmp_path_factory, family):
 
 def test_converts_to_the_same_weights(published_file, family):
     path, content, denoiser = published_file
-    entries = multiquantizer.load(path, denoiser, family)
-    slots = find_slots(denoiser, family)
-    assert list(entries) == free_keys(slots)
+    slots, entries = multiquantizer.load(path, denoiser, family)
+    assert slots == find_slots(denoiser, family) and list(entries) == free_keys(slots)
     for key, entry in entries.items():
         weight = multiquantizer.slot_weight(denoiser, slots[key], family)
         for name, method in methods.METHODS.items():
@@ -69,9 +68,9 @@ def test_converts_to_the_same_weights(published_file, family):
 
 def test_converted_file_saves_and_loads(published_file, family, tmp_path):
     path, _, denoiser = published_file
-    entries = multiquantizer.load(path, denoiser, family)
+    _, entries = multiquantizer.load(path, denoiser, family)
     multiquantizer.save(entries, family, tmp_path / "own.pt")
-    again = multiquantizer.load(tmp_path / "own.pt", denoiser, family)
+    _, again = multiquantizer.load(tmp_path / "own.pt", denoiser, family)
     assert {k: e["errors"] for k, e in again.items()} == {k: e["errors"] for k, e in entries.items()}
 
 
@@ -89,8 +88,6 @@ def test_other_weights_and_missing_keys_are_refused(published_file, family, tmp_
 
 def test_untied_weights_are_refused(published_file, family):
     """The file holds the first block's embedder alone, which says nothing of another that differs."""
-    from conftest import tiny_dit
-
     denoiser = tiny_dit(layers=2)
     with torch.no_grad():
         denoiser.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.weight[0, 0] += 0.5
@@ -110,3 +107,146 @@ def test_published_bytes_by_hand(published_file, family):
     """The estimate is what the tensors of a real published-format file take."""
     _, content, denoiser = published_file
     assert published.file_bytes(denoiser, family) == sum(tensor.nbytes for tensor in content.values())
+
+
+# Split weights. A "published" K-Means weight need only be a clustering, so theirs here are cheap.
+
+
+def rounded_rows(weight, bits):
+    """Each row of `weight` rounded to 2^bits evenly spaced values between its least and its largest."""
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    step = (high - low).float() / (2**bits - 1)
+    return (((weight - low) / step).round() * step + low).to(weight.dtype)
+
+
+def published_slot(weight, method):
+    """A slot's tensor under one method, as a published file holds it."""
+    if method.algorithm == "mse":
+        pair = torch.stack(uaq.fit(weight, method.bits))
+        return pair.reshape(2, len(weight), *[1] * (weight.ndim - 1)).to(weight.dtype)
+    rows = 1 if method.algorithm == "kmeans_all" else len(weight)
+    return rounded_rows(weight.reshape(rows, -1), method.bits).reshape(weight.shape)
+
+
+def published_parts(denoiser, family):
+    """{key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
+    weights = {}
+    for slot in find_slots(denoiser, family).values():
+        layer = denoiser.get_submodule(slot.module_path)
+        weight = layer.weight.detach().to(family.dtype)
+        if slot.inputs is not None:
+            cut = layer.out_channels if family.name == "sdxl" else slot.inputs[0] or slot.inputs[1]
+            weight = weight[:, cut:] if slot.key.endswith("_0") else weight[:, :cut]
+        weights[slot.key] = weight.contiguous()
+    return weights
+
+
+@pytest.fixture(scope="module")
+def published_splits(tmp_path_factory):
+    """{family: (path, content, weights)} of a published-style file of each tiny split denoiser."""
+    folder, made = tmp_path_factory.mktemp("published"), {}
+    for name in SPLIT_FAMILIES:
+        weights = published_parts(tiny(name), FAMILIES[name])
+        content = {
+            f"{key}.quant_params.{method.name}": published_slot(weight, method)
+            for key, weight in weights.items()
+            for method in methods.METHODS.values()
+        }
+        content |= {k.replace("quant_params", "loss_dict"): torch.tensor([0.1]).half() for k in content}
+        torch.save(content, folder / f"{name}_mq.pt")
+        made[name] = folder / f"{name}_mq.pt", content, weights
+    return made
+
+
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_split_files_apply_to_exactly_the_published_weights(name, published_splits):
+    family, denoiser = FAMILIES[name], tiny(name)
+    path, content, weights = published_splits[name]
+    slots, entries = multiquantizer.load(path, denoiser, family)
+    assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
+    parts = modules.install(denoiser, family, slots)
+    for method in methods.METHODS.values():
+        config.apply(config.uniform(slots, method.name), parts, slots, entries)
+        expected = {}  # module path -> the published weights of its parts
+        for key, slot in slots.items():
+            theirs = content[f"{key}.quant_params.{method.name}"]
+            if method.algorithm == "mse":
+                theirs = published_uaq_weight(weights[key], theirs, method.bits)
+            expected.setdefault(slot.module_path, []).append(theirs.float())
+        for module_path, halves in expected.items():
+            assert torch.equal(denoiser.get_submodule(module_path).weight, torch.cat(halves, dim=1)), module_path
+
+
+def test_published_sdxl_boundaries_are_taken_from_the_shapes(published_splits, tmp_path):
+    """The published cut differs from ours in the first resnet of the second and the third up-block."""
+    family, denoiser = FAMILIES["sdxl"], tiny("sdxl")
+    own = find_slots(denoiser, family)
+    slots, entries = multiquantizer.load(published_splits["sdxl"][0], denoiser, family)
+    moved = {slot.module_path for key, slot in slots.items() if slot != own[key]}
+    assert moved == {"up_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv1"}
+    for path, (cut, total) in {"up_blocks.1.resnets.0.conv1": (12, 28), "up_blocks.2.resnets.0.conv1": (8, 20)}.items():
+        assert slots[key_of(path)].inputs == (0, cut) and slots[key_of(path, 1)].inputs == (cut, total)
+    multiquantizer.save(entries, family, tmp_path / "own.pt")  # converted, it keeps them
+    again, _ = multiquantizer.load(tmp_path / "own.pt", denoiser, family)
+    assert again == slots
+
+
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_published_bytes_of_split_files(name, published_splits):
+    content = published_splits[name][1]
+    assert published.file_bytes(tiny(name), FAMILIES[name]) == sum(tensor.nbytes for tensor in content.values())
+
+
+def test_published_bytes_of_a_part(published_splits):
+    content, parts = published_splits["sdxl"][1], FAMILIES["sdxl"].parts
+    for prefix in parts:
+        own = sum(tensor.nbytes for key, tensor in content.items() if key.startswith(f"model.{prefix}."))
+        assert published.file_bytes(tiny("sdxl"), FAMILIES["sdxl"], prefix) == own > 0
+
+
+SPLIT_KEYS = {
+    "hunyuan": "model.blocks.5.skip_linear.weight_quantizer",
+    "sdxl": "model.up_blocks.1.resnets.0.conv1.weight_quantizer",
+    "sdv15": "model.output_blocks.8.0.skip_connection.weight_quantizer",
+}
+
+
+@pytest.mark.parametrize("ending", ["", "_0"])
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_missing_parts_are_named(name, ending, published_splits, tmp_path):
+    missing = SPLIT_KEYS[name] + ending
+    less = {key: value for key, value in published_splits[name][1].items() if not key.startswith(f"{missing}.")}
+    assert len(less) == len(published_splits[name][1]) - 12
+    torch.save(less, tmp_path / "less.pt")
+    with pytest.raises(InputError, match=rf"less\.pt: has no [\w-]+ for {missing}$"):
+        multiquantizer.load(tmp_path / "less.pt", tiny(name), FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_unknown_keys_are_named(name, published_splits, tmp_path):
+    unknown = SPLIT_KEYS[name].replace(".weight", ".nowhere.weight")
+    more = published_splits[name][1] | {f"{unknown}.quant_params.mse-4": torch.ones(2, 3, 1)}
+    torch.save(more, tmp_path / "more.pt")
+    with pytest.raises(InputError, match=rf"more\.pt: 1 keys are not of this denoiser, first {unknown}$"):
+        multiquantizer.load(tmp_path / "more.pt", tiny(name), FAMILIES[name])
+
+
+def test_keys_of_skipped_layers_are_passed_over(published_splits, tmp_path):
+    """Published Hunyuan files quantize the pooler's projections too, though nothing calls them."""
+    family, (_, content, _) = FAMILIES["hunyuan"], published_splits["hunyuan"]
+    extra = {f"model.time_extra_emb.pooler.{n}_proj.weight_quantizer.quant_params.mse-4": torch.ones(2, 3) for n in "qkvc"}
+    torch.save(content | extra, tmp_path / "more.pt")
+    slots, entries = multiquantizer.load(tmp_path / "more.pt", tiny("hunyuan"), family)
+    assert list(entries) == list(slots) and not any("pooler" in key for key in slots)
+
+
+def test_parts_that_do_not_join_are_named(published_splits, tmp_path):
+    """A boundary that suits the first part alone leaves the second too wide."""
+    _, content, _ = published_splits["sdxl"]
+    key = SPLIT_KEYS["sdxl"]
+    shorter = {name: content[name][:, :-1] for name in content if name.startswith(f"{key}.quant_params.kmeans")}
+    torch.save(content | shorter, tmp_path / "odd.pt")
+    with pytest.raises(
+        InputError, match=rf"odd\.pt: kmeans-4 of {key}_0 has shape \[12, 16, 3, 3\], the weight \[12, 17, 3, 3\]"
+    ):
+        multiquantizer.load(tmp_path / "odd.pt", tiny("sdxl"), FAMILIES["sdxl"])

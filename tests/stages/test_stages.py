@@ -67,7 +67,7 @@ def test_the_cache(labels, family):
 
 def test_what_stands_beside_the_cache(labels):
     settings = OmegaConf.load(labels / "sampling_config.yaml")
-    assert settings.n_imgs == 12 and settings.seed == 42 and settings.guidance == 1.5
+    assert settings.n_imgs == 12 and settings.seed == 42 and settings.guidance == 2.0
     whole = json.loads((labels / "full_precision.json").read_text())
     rows = quant_cache.load(labels / "quant_cache.pkl")
     assert whole["avg_bits"] == 16 and all(row["bops"] < whole["bops"] for row in rows)
