@@ -77,7 +77,10 @@ def _as_tensors(bits, centroids, weight):
 def _optimal_centroids(values, counts, sizes):
     """Centroids [R, k] for each k of `sizes` of R rows of ascending values [R, n] with counts [R, n]."""
     out = np.empty((len(values), sum(sizes)))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     _fit_rows(values, counts, np.array(sizes), out)
+    torch.set_num_threads(threads)  # Numba's first run sets OpenMP's number of threads, which is torch's too
     return np.split(out, np.cumsum(sizes)[:-1], axis=1)
 
 

@@ -52,7 +52,10 @@ def bert_tokenizer():
 
 
 def clip_tokenizer():
-    """Byte pair merges that build each caption word letter by letter; other text stays bytes."""
+    """Byte pair merges that build each caption word letter by letter; other text stays bytes.
+
+    "nine" and "three" stay in three pieces: merges of words before them in the list come first.
+    """
     letters = byte_alphabet()
     merges = []
     for word in caption_words():

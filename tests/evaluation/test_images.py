@@ -6,7 +6,25 @@ import torch
 
 from evaluation.contact_sheet import contact_sheet
 from evaluation.images import generate, noise_generators
-from models.pipelines import load_pipeline
+from models.families import FAMILIES
+from models.pipelines import load_sampler
+
+PROMPTS = {
+    "dit": [0, 1, 2],
+    "pixart_alpha": ["a red seven on a blue background", "a handwritten 3, black on white", "a green sheet with a red 0"],
+}
+
+
+@pytest.fixture(scope="module", params=list(PROMPTS))
+def sampler(request):
+    return load_sampler(FAMILIES[request.param], "embedded", torch.device("cpu"))
+
+
+def pictures(sampler, batch_size, published_noise=False, prompts=None, **settings):
+    prompts = prompts or PROMPTS[sampler.family.name]
+    settings = {"seed": 1, "steps": 3, "guidance": 2.0, "res": 64} | settings
+    settings = Namespace(**settings, batch_size=batch_size, published_noise=published_noise)
+    return list(generate(sampler, prompts, settings, "pictures", keep_bar=False))
 
 
 def test_noise_is_each_images_own():
@@ -18,12 +36,41 @@ def test_noise_is_each_images_own():
 
 
 @pytest.mark.parametrize("published_noise", [False, True])
-def test_batch_size_changes_no_image(family, published_noise):
-    pipeline = load_pipeline(family, "embedded", torch.device("cpu"))
-    settings = Namespace(seed=1, steps=3, guidance=2.0, published_noise=published_noise)
-    runs = [list(generate(pipeline, [0, 1, 2], Namespace(**vars(settings), batch_size=size), "")) for size in (3, 1)]
-    assert len(runs[0]) == 3 and runs[0][0].shape == (64, 64, 3) and runs[0][0].dtype == np.uint8
-    assert np.abs(np.stack(runs[0]).astype(int) - np.stack(runs[1])).max() <= 1  # a rounding at most
+def test_batch_size_changes_no_image(sampler, published_noise):
+    runs = [pictures(sampler, size, published_noise) for size in (3, 2, 1)]
+    for images in runs:
+        assert len(images) == 3 and images[0].shape == (64, 64, 3) and images[0].dtype == np.uint8
+        assert np.abs(np.stack(images).astype(int) - np.stack(runs[0])).max() <= 1  # a rounding at most
+
+
+def test_published_noise_is_the_same_for_every_image(sampler):
+    prompts = PROMPTS[sampler.family.name][:1] * 2
+    same, own = pictures(sampler, 2, True, prompts), pictures(sampler, 2, False, prompts)
+    assert np.abs(same[0].astype(int) - same[1]).max() <= 1 and np.array_equal(same[0], own[0])
+    assert np.abs(own[0].astype(int) - own[1]).max() > 20
+
+
+def test_settings_without_published_noise(sampler):
+    settings = Namespace(seed=1, steps=3, guidance=2.0, res=64, batch_size=3)
+    images = list(generate(sampler, PROMPTS[sampler.family.name], settings, "pictures", keep_bar=False))
+    assert np.array_equal(np.stack(images), np.stack(pictures(sampler, 3)))
+
+
+def test_images_are_made_a_batch_at_a_time(sampler, monkeypatch):
+    """Nothing is drawn before it is asked for."""
+    batches = []
+
+    def draw(prompts, generators, steps, guidance, resolution):
+        batches.append((list(prompts), [generator.initial_seed() for generator in generators], steps, guidance, resolution))
+        return np.full((len(prompts), 4, 4, 3), 0.5, np.float32)
+
+    monkeypatch.setattr(sampler, "images", draw)
+    prompts = PROMPTS[sampler.family.name]
+    stream = generate(sampler, prompts, Namespace(seed=7, steps=3, guidance=2.0, res=64, batch_size=2), "", keep_bar=False)
+    assert batches == []
+    assert next(stream).tolist() == [[[128] * 3] * 4] * 4
+    assert batches == [(prompts[:2], [7, 8], 3, 2.0, 64)]
+    assert len(list(stream)) == 2 and batches[1:] == [(prompts[2:], [9], 3, 2.0, 64)]
 
 
 def test_contact_sheet_holds_every_image():

@@ -220,7 +220,7 @@ def test_average_bits(name, method, expected):
 def described(name, method):
     """A uniform configuration of the real denoiser, its errors all the same."""
     slots, family = real_slots(name), FAMILIES[name]
-    entries = dict.fromkeys(free_keys(slots), {"errors": {method: 0.5}})
+    entries = {key: {"errors": {method: 0.5}} for key in free_keys(slots)}
     return config.describe(config.uniform(slots, method), slots, entries, family.precision_bits)
 
 

@@ -109,7 +109,7 @@ def test_another_familys_folder_is_refused(name, load):
 
 def test_another_pipeline_is_no_refiner():
     sdxl = FAMILIES["sdxl"]
-    with pytest.raises(InputError, match="holds a StableDiffusionXLPipeline, .* needs a StableDiffusionXLImg2ImgPipeline"):
+    with pytest.raises(InputError, match=r"holds a StableDiffusionXLPipeline, .* needs a StableDiffusionXLImg2ImgPipeline"):
         load_sampler(sdxl, "embedded", CPU, str(EMBEDDED_FOLDER / "sdxl"))
 
 

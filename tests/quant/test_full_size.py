@@ -28,8 +28,8 @@ FEWER = {
     "pixart_alpha": ({"num_layers": 1}, ["transformer_blocks.0.attn1", "transformer_blocks.0.attn2", "caption_projection"]),
     "pixart_sigma": ({"num_layers": 1}, ["transformer_blocks.0.ff"]),
     "hunyuan": ({"num_layers": 4}, ["blocks.3.skip_linear", "blocks.3.attn2"]),
-    "sdxl": (SDXL, ["up_blocks.0.resnets", "up_blocks.1.resnets"]),
-    "sdv15": (SDV15, ["up_blocks.0.resnets", "up_blocks.1"]),
+    "sdxl": (SDXL, ["up_blocks.1"]),
+    "sdv15": (SDV15, ["up_blocks.1"]),
     "dit": ({"num_layers": 1}, ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]),
 }
 

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +107,10 @@ def test_assigns_nearest():
 def test_refuses_nan():
     with pytest.raises(ValueError, match="NaN"):
         kmeans.fit_per_channel(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_fitting_leaves_torchs_threads_alone():
+    """Numba and torch share OpenMP: a first fit must not change how many threads torch computes with."""
+    code = "import torch; from quant import methods; torch.set_num_threads(1); methods.fit(torch.randn(8, 8)); "
+    done = subprocess.run([sys.executable, "-c", code + "print(torch.get_num_threads())"], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
