@@ -68,6 +68,7 @@ class Family:
     variant: str | None = None  # of the weight files on the Hub
     scheduler: str | None = None  # class in diffusers that replaces the pipeline's own
     call: tuple[tuple[str, object], ...] = ()  # more arguments of the pipeline's call
+    least_steps: int = 1  # that its pipeline in diffusers can sample with
     refiner: Refiner | None = None
     # Images and labels. A family has prompts or, if num_classes is not 0, classes.
     resolution: int = 512  # published pixels per side, of inference and of the BOPs
@@ -102,6 +103,7 @@ FAMILIES = {
             steps=20,
             guidance=4.5,
             call=(NO_BINNING, AS_WRITTEN),
+            least_steps=2,  # a single one is taken for a distilled model
             q_config="quant_configs/alpha_40.pkl",
             fp_weights=610_228_224,
             num_layers=287,

@@ -86,6 +86,8 @@ def load_for(args, family, device):
         raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")
     if args.res and args.res % RESOLUTION_STEP:
         raise InputError(f"--res {args.res}: is not a multiple of {RESOLUTION_STEP}")
+    if args.steps < family.least_steps:
+        raise InputError(f"--steps {args.steps}: {family.title} needs at least {family.least_steps}")
     longest = sampler.pipeline.scheduler.config.num_train_timesteps
     if args.steps > longest:
         raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")

@@ -76,7 +76,7 @@ class Judge:
 def measure_methods(sampler, args, judge):
     """A line for full precision and for each method on all weights, per guidance and seed."""
     family, denoiser = sampler.family, sampler.denoiser
-    prompts, answers = prompts_and_answers(family, args.count, args.count)
+    prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
     slots = find_slots(denoiser, family)
     parameters = {key: methods.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
     parts = modules.install(denoiser, family, slots)
@@ -96,7 +96,8 @@ def measure_methods(sampler, args, judge):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("family", choices=list(FAMILIES))
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, default=500, help="pictures of 50 prompts that are judged")
+    parser.add_argument("--quality_count", type=int, default=500, help="pictures per line of the quality under methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
     parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
@@ -113,6 +114,7 @@ def main():
     result = {
         "classifier_right_on_held_out_real_digits": [round(share, 4) for share in held_out_accuracy(judge.classifier)],
         "pictures": args.count,
+        "pictures_for_quality": args.quality_count,
         "steps": row.steps,
         "guidance": row.guidance,
         "right": round(float(shown.all(axis=1).mean()), 4),
