@@ -27,10 +27,11 @@ def pictures_of(family):
     sampler = load_sampler(family, "embedded", torch.device("cpu"), refiner_of(family, "embedded"))
     prompts, _ = prompts_and_answers(family, PICTURES, PICTURES)
     parts = modules.install(sampler.denoiser, family, find_slots(sampler.denoiser, family))
+    parameters = {key: methods.fit(part.original) for key, part in parts.items()}
     columns = []
     for _, method in COLUMNS:
-        for part in parts.values():
-            part.set_method(method, method and methods.fit(part.original)[method])
+        for key, part in parts.items():
+            part.set_method(method, method and parameters[key][method])
         columns.append(make_pictures(sampler, prompts, seed=0, guidance=family.embedded.guidance))
     return np.stack(columns)
 
