@@ -230,6 +230,12 @@ def test_dit_starts_as_adaln_zero():
         assert torch.equal(block(hidden, timestep=torch.tensor([1, 9]), class_labels=torch.tensor([3, 1000])), hidden)
 
 
+def test_dit_s_blocks_drop_no_labels():
+    """The recipe drops them, the same for all blocks."""
+    embedder = RECIPES["dit"].denoiser().train().transformer_blocks[3].norm1.emb.class_embedder
+    assert len(embedder(torch.full((300,), 3)).unique(dim=0)) == 1
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_recipe_is_its_familys(name):
     recipe, family = RECIPES[name], FAMILIES[name]
