@@ -1,16 +1,15 @@
 """CLIP score (Hessel et al., 2021): how well images show what their prompts say, by CLIP (Radford et al., 2021)."""
 
-import contextlib
 import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from huggingface_hub import HfApi
 from transformers import CLIPModel, CLIPProcessor
 
 from errors import InputError, first_line
+from models.pipelines import quiet_loading
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 WAY_OUT = "give a local folder in the same format by --clip_model, or leave out --clip_score"
@@ -50,7 +49,7 @@ class ClipScore:
 def _load(model_id):
     """Model and processor from a folder or the Hub's cache, else from the Hub."""
     try:
-        with _quiet():
+        with quiet_loading():
             return _from_pretrained(model_id, local_files_only=True)
     except Exception as reason:  # damaged files raise many types
         if Path(model_id).is_dir():
@@ -82,16 +81,3 @@ def _from_pretrained(model_id, local_files_only):
     if len(processor.tokenizer) <= len(processor.tokenizer.all_special_ids):
         raise ValueError("its tokenizer has no vocabulary")
     return model, processor
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Loading without transformers' own bars and notes; errors still raise."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()

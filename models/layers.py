@@ -72,8 +72,8 @@ def move_boundaries(slots, shapes):
 
 
 def in_part(slot, prefix):
-    """Whether the slot's module is `prefix`, or in it."""
-    return f"{slot.module_path}.".startswith(f"{prefix}.")
+    """Whether the slot's module is `prefix`, or in it; every module is in ""."""
+    return not prefix or f"{slot.module_path}.".startswith(f"{prefix}.")
 
 
 def _shared_path(path, family):
@@ -102,17 +102,9 @@ def _half(_denoiser, _path, layer):
 
 def _hidden_channels(denoiser, path, _layer):
     """Channels of the hidden state that reaches a U-Net's up-block resnet, before a skip is concatenated."""
-    resnets = [denoiser.mid_block.resnets[-1]]
-    for block in denoiser.up_blocks:
-        for resnet in block.resnets:
-            if path.startswith(f"{_path_of(denoiser, resnet)}."):
-                return resnets[-1].conv1.weight.shape[0]
-            resnets.append(resnet)
-    raise ValueError(f"{path} is in no up-block resnet")
-
-
-def _path_of(denoiser, module):
-    return next(path for path, candidate in denoiser.named_modules() if candidate is module)
+    resnets = [denoiser.mid_block.resnets[-1], *(resnet for block in denoiser.up_blocks for resnet in block.resnets)]
+    before = resnets.index(denoiser.get_submodule(path.rpartition(".")[0])) - 1
+    return resnets[before].conv1.weight.shape[0]
 
 
 BOUNDARIES = {"half": _half, "hidden": _hidden_channels}

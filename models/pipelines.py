@@ -113,7 +113,7 @@ def load_sampler(family, model_id, device, refiner_id=None):
         refiner = _load(family, family.refiner.pipeline, refiner_id, **shared)
     for each in filter(None, (pipeline, refiner)):
         each.set_progress_bar_config(disable=True)
-        with _quiet():
+        with quiet_loading():
             each.to(device, compute_dtype(family, device))
     return Sampler(family, pipeline, refiner)
 
@@ -129,7 +129,7 @@ def load_denoiser(family, model_id, device):
             denoiser = diffusers.AutoModel.from_pretrained(
                 folder, subfolder=family.denoiser, dtype=family.dtype, **_variant(family, folder)
             )
-    with _quiet():
+    with quiet_loading():
         return denoiser.to(device, compute_dtype(family, device))
 
 
@@ -265,14 +265,14 @@ def _check_class(family, model_id, index, wanted):
 def _explained(family, class_name, model_id):
     """Loading in quiet; what fails is said in one line."""
     try:
-        with _quiet():
+        with quiet_loading():
             yield
     except NOT_LOADED as reason:
         raise InputError(_why_not_loaded(family, class_name, model_id, reason)) from None
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet_loading():
     """Loading without the libraries' own bars and notes; errors still raise."""
     libraries = (diffusers.logging, transformers.logging)
     levels = [library.get_verbosity() for library in libraries]

@@ -152,15 +152,17 @@ def install(denoiser, family, slots=None):
     as before until a configuration is applied.
     """
     slots = slots or find_slots(denoiser, family)
-    for path in dict.fromkeys(slot.module_path for slot in slots.values()):
+    wrapped = set()
+    for slot in slots.values():
+        path = slot.module_path
         layer = denoiser.get_submodule(path)
         if not isinstance(layer, QuantLayer):
             layer = next(new for old, new in QUANT_CLASSES.items() if isinstance(layer, old)).wrap(layer, family.dtype)
             parent, _, name = path.rpartition(".")
             setattr(denoiser.get_submodule(parent), name, layer)
-            for slot in slots.values():
-                if slot.module_path == path:
-                    layer.parts.append(WeightPart(layer, slot))
+            wrapped.add(path)
+        if path in wrapped:
+            layer.parts.append(WeightPart(layer, slot))
     return {part.slot.key: part for layer in _quant_layers(denoiser) for part in layer.parts}
 
 

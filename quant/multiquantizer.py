@@ -42,7 +42,7 @@ def build(denoiser, family, path, prefix=""):
     check_ties(denoiser, slots, family)
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
-    keys = [key for key in free_keys(slots) if not prefix or in_part(slots[key], prefix)]
+    keys = [key for key in free_keys(slots) if in_part(slots[key], prefix)]
     methods.fit(torch.eye(2, 4))  # compiles the kernels, so that the time left is right from the start
     saved = time.monotonic()
     with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:

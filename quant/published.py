@@ -103,5 +103,5 @@ def file_bytes(denoiser, family, prefix=""):
     float weights and biases, which published files also hold.
     """
     element = family.precision_bits // 8
-    slots = (slot for slot in find_slots(denoiser, family).values() if not prefix or in_part(slot, prefix))
+    slots = (slot for slot in find_slots(denoiser, family).values() if in_part(slot, prefix))
     return sum(element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in slots)
