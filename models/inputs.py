@@ -30,6 +30,11 @@ def first_call(pipeline, denoiser, **arguments):
     raise RuntimeError(f"{type(pipeline).__name__} did not call its {type(denoiser).__name__}")
 
 
+def prompt_argument(pipeline):
+    """Name of the argument that tells a pipeline what to draw: prompts, or class numbers."""
+    return "class_labels" if "class_labels" in inspect.signature(pipeline.__call__).parameters else "prompt"
+
+
 def map_tensors(function, value):
     """`value` with `function` applied to every tensor in it, through dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from errors import InputError, first_line
-from models.inputs import first_call, map_tensors
+from models.inputs import first_call, map_tensors, prompt_argument
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -77,7 +77,7 @@ class Sampler:
 
     def arguments(self, prompts, resolution):
         """Arguments of the pipeline's call for prompts, or class numbers, at a resolution in pixels."""
-        call = {"class_labels" if self.family.num_classes else "prompt": prompts} | dict(self.family.call)
+        call = {prompt_argument(self.pipeline): prompts} | dict(self.family.call)
         return call | ({"height": resolution, "width": resolution} if self.takes_resolution else {})
 
     def images(self, prompts, generators, steps, guidance, resolution):

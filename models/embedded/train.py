@@ -25,7 +25,7 @@ from models.embedded.classifier import save_classifier, train_classifier
 from models.embedded.denoisers import RECIPES, assemble, build_vae
 from models.embedded.digits import draw, load_scans, random_pairs
 from models.embedded.text_encoders import load_text_encoder, train_text_encoder
-from models.inputs import first_call
+from models.inputs import first_call, prompt_argument
 from quant.storage import atomic_write, load_checkpoint
 
 CAPTION_DROP = 0.1
@@ -105,10 +105,6 @@ def captions_for(pipeline):
     if prompt_argument(pipeline) == "class_labels":
         return [digit_and_colors(place // NUM_PHRASINGS)[0] for place in range(len(captions))]
     return captions
-
-
-def prompt_argument(pipeline):
-    return "class_labels" if "class_labels" in inspect.signature(pipeline.__call__).parameters else "prompt"
 
 
 def arguments_for(pipeline, recipe, prompts, guidance_scale=1.0):
