@@ -144,7 +144,7 @@ FAMILIES = {
             fp_weights=1_499_645_952,
             num_layers=472,
             num_keys=487,
-            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+            embedded=Embedded(guidance=4.0, label_guidance=1.5),
         ),
         Family(
             name="sdxl",

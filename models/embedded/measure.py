@@ -21,7 +21,7 @@ from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.layers import find_slots
-from models.pipelines import load_sampler, refiner_of
+from models.pipelines import load_sampler, pick_device, refiner_of
 from quant import methods, modules
 from quant.multiquantizer import slot_weight
 
@@ -40,11 +40,11 @@ def prompts_and_answers(family, count, num_prompts):
     return [caption for _, caption in pairs], np.array([digit_and_colors(subject) for subject, _ in pairs])
 
 
-def make_pictures(sampler, prompts, seed, guidance):
+def make_pictures(sampler, prompts, seed, guidance, batch_size=None):
     """Pictures (uint8 [N, 64, 64, 3]) of the prompts, each from its own noise."""
     row = sampler.family.embedded
     settings = argparse.Namespace(
-        seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=row.batch_size
+        seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=batch_size or row.batch_size
     )
     return np.stack(list(generate(sampler, prompts, settings, "pictures", keep_bar=False)))
 
@@ -85,7 +85,7 @@ def measure_methods(sampler, args, judge):
         for key, part in parts.items():
             part.set_method(method, method and parameters[key][method])
         for guidance, seed in itertools.product(args.guidances, args.seeds):
-            pictures = make_pictures(sampler, prompts, seed, guidance)
+            pictures = make_pictures(sampler, prompts, seed, guidance, args.batch_size)
             original = originals.setdefault((guidance, seed), pictures)
             line = {"weights": method or "full precision", "guidance": guidance, "seed": seed}
             line |= judge.judge(pictures, answers, original)
@@ -101,6 +101,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
     parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch_size", type=int, help="default: the family's; changes results by float rounding at most")
     parser.add_argument("--output", type=Path, help="also write the result there")
     args = parser.parse_args()
     family = FAMILIES[args.family]
@@ -108,9 +110,9 @@ def main():
     args.guidances = args.guidances or [row.label_guidance, row.guidance]
     judge = Judge()
 
-    sampler = load_sampler(family, "embedded", torch.device("cpu"), refiner_of(family, "embedded"))
+    sampler = load_sampler(family, "embedded", pick_device(args.device), refiner_of(family, "embedded"))
     prompts, answers = prompts_and_answers(family, args.count, NUM_PROMPTS)
-    shown = judge.right(make_pictures(sampler, prompts, args.seeds[0], row.guidance), answers)
+    shown = judge.right(make_pictures(sampler, prompts, args.seeds[0], row.guidance, args.batch_size), answers)
     result = {
         "classifier_right_on_held_out_real_digits": [round(share, 4) for share in held_out_accuracy(judge.classifier)],
         "pictures": args.count,
