@@ -10,12 +10,15 @@ from quant import methods
 
 def fit_entry(weight):
     """Fit all six methods to `weight` [C, ...]."""
-    return make_entry(weight, methods.fit(weight))
+    return _entry(weight, *methods.fit_with_errors(weight))
 
 
 def make_entry(weight, parameters):
     """The entry of `weight` under `parameters` {method: {name: tensor}}."""
-    errors = {name: methods.error(weight, methods.apply(name, weight, p)) for name, p in parameters.items()}
+    return _entry(weight, parameters, methods.errors(weight, parameters))
+
+
+def _entry(weight, parameters, errors):
     return {
         "shape": list(weight.shape),
         "fingerprint": fingerprint(weight),
@@ -52,6 +55,6 @@ def _are_parameters(method, parameters, shape):
 
 def fingerprint(weight):
     """A hash of a weight's values, precision and shape, the same on every device."""
-    data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    head = f"{weight.dtype} {tuple(weight.shape)}"
-    return hashlib.sha256(head.encode() + data.tobytes()).hexdigest()[:32]
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    return digest.hexdigest()[:32]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quant import kmeans, uaq
+from quant import kmeans, sorted_errors, uaq
+from quant.rows import sorted_rows
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,42 @@ METHODS = {m.name: m for m in (Method(algorithm, b) for algorithm in ALGORITHMS 
 
 def fit(weight):
     """Parameters of all six methods for `weight` [C, ...]: {name: {parameter: tensor}}."""
-    centroids = {"kmeans": kmeans.fit_per_channel(weight, BITS), "kmeans_all": kmeans.fit_whole(weight, BITS)}
-    return {
-        name: fit_uaq(weight, method.bits)
-        if method.algorithm == "mse"
-        else {"centroids": centroids[method.algorithm][method.bits].to(weight.dtype)}
-        for name, method in METHODS.items()
-    }
+    return fit_with_errors(weight)[0]
+
+
+def fit_with_errors(weight):
+    """Parameters of all six methods for `weight` [C, ...], as `fit`, and their errors {name: float}."""
+    if weight.device.type != "cpu" or weight.dtype not in sorted_errors.DROPPED_BITS:
+        uniform = {b: uaq.fit(weight, b) for b in BITS}
+        parameters = _parameters(weight, uniform, kmeans.fit_per_channel(weight, BITS), kmeans.fit_whole(weight, BITS))
+        return parameters, errors(weight, parameters)
+    rows = sorted_rows(weight)
+    uniform = uaq.fit_rows(rows, BITS)
+    parameters = _parameters(
+        weight, uniform, kmeans.fit_per_channel(weight, BITS, rows), kmeans.fit_whole(weight, BITS, rows)
+    )
+    return parameters, {name: _error_of_rows(name, rows, p) for name, p in parameters.items()}
+
+
+def _parameters(weight, uniform, per_channel, whole):
+    parameters = {"mse": {b: _uaq_parameters(weight, *uniform[b]) for b in BITS}}
+    for algorithm, centroids in (("kmeans", per_channel), ("kmeans_all", whole)):
+        parameters[algorithm] = {b: {"centroids": centroids[b].to(weight.dtype)} for b in BITS}
+    return {name: parameters[method.algorithm][method.bits] for name, method in METHODS.items()}
+
+
+def _error_of_rows(name, rows, parameters):
+    if METHODS[name].algorithm == "mse":
+        return sorted_errors.of_uaq(rows, **parameters, bits=METHODS[name].bits)
+    return sorted_errors.of_kmeans(rows, **parameters)
 
 
 def fit_uaq(weight, bits):
     """Parameters of UAQ for `weight` [C, ...]."""
-    scale, zero_point = uaq.fit(weight, bits)
+    return _uaq_parameters(weight, *uaq.fit(weight, bits))
+
+
+def _uaq_parameters(weight, scale, zero_point):
     stored = storable_scale(scale, weight.dtype)
     # A scale that rounding moves far (a subnormal one) must not move the channel's offset with it.
     return {"scale": stored, "zero_point": whole_numbers((zero_point * scale / stored).round())}
@@ -93,6 +118,11 @@ def apply(name, weight, parameters):
 def error(weight, quantized):
     """Quantization error of a slot: sum over output channels of the channel's mean |w - w'|^2.4."""
     return uaq.mean_error(weight, quantized).double().sum().item()
+
+
+def errors(weight, parameters):
+    """The error of each method on `weight` with its `parameters`: {name: float}."""
+    return {name: error(weight, apply(name, weight, p)) for name, p in parameters.items()}
 
 
 def fp_size_bytes(shape, precision_bits):

@@ -1,12 +1,22 @@
 """Uniform affine quantization (UAQ) of weights, per output channel.
 
 A channel's range is shrunk by 1.0, 0.9 ... 0.1 and the shrink with the least mean |w - w'|^2.4 is
-kept (LAPQ, Nahshan et al., 2021; Q-Diffusion, Li et al., 2023).
+kept (LAPQ, Nahshan et al., 2021; Q-Diffusion, Li et al., 2023). `fit` is that search in torch, on any
+device; `fit_rows` is the same for the CPU, a channel at a time while it is in the processor's cache,
+all shrinks and bit widths together.
 """
 
+import math
+
+import numpy as np
 import torch
+from numba import njit, prange
+
+from quant.power import power_2_4
+from quant.rows import run
 
 SHRINKS = tuple(1 - tenth / 10 for tenth in range(10))
+_SHRINKS_32 = np.array(SHRINKS, np.float32)
 
 
 def mean_error(weight, quantized):
@@ -60,3 +70,52 @@ def dequantize(codes, scale, zero_point):
 def _per_channel(tensor, scale, zero_point):
     shape = (-1,) + (1,) * (tensor.ndim - 1)
     return scale.reshape(shape), zero_point.to(scale.dtype).reshape(shape)
+
+
+def fit_rows(rows, bits):
+    """`fit` for each of several bit widths of float32 rows (numpy [C, n], ascending): {b: (scale, zero point)}."""
+    out = np.empty((2, len(bits), len(rows)), np.float32)
+    run(_fit_rows, rows, np.array([2**b - 1 for b in bits], np.float32), _SHRINKS_32, out)
+    scale, zero_point = torch.from_numpy(out)
+    return {b: (scale[i], zero_point[i]) for i, b in enumerate(bits)}
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _fit_rows(rows, tops, shrinks, out):
+    """Scales and zero points out [2, bit widths, C] of ascending rows [C, n]; `tops` are the highest codes."""
+    for channel in prange(len(rows)):
+        row = rows[channel]
+        _, exponent = math.frexp(max(abs(row[0]), abs(row[-1])))
+        exponent = min(max(exponent, -100), 100)  # a power of two takes very large or small weights back into range
+        scaled = row * np.float32(2.0**-exponent)
+        low, high = scaled[0], scaled[-1]
+        for b in range(len(tops)):
+            scale, zero_point = _search(scaled, low, high, tops[b], shrinks)
+            if low == high:
+                scale, zero_point = abs(low) if low != 0 else np.float32(1), np.float32(low < 0)
+            out[0, b, channel] = scale * np.float32(2.0**exponent)
+            out[1, b, channel] = zero_point
+
+
+@njit(cache=True, error_model="numpy")
+def _search(row, low, high, top, shrinks):
+    best, best_scale, best_zero = np.float32(np.inf), np.float32(1), np.float32(0)
+    for s in range(len(shrinks)):
+        scale = np.float32(np.float32(high * shrinks[s]) - np.float32(low * shrinks[s])) / top
+        zero_point = np.float32(np.rint(np.float32(-low * shrinks[s]) / scale))
+        error = _sum_of_errors(row, scale, zero_point, top)
+        if error < best:  # false for the NaN of a constant channel
+            best, best_scale, best_zero = error, scale, zero_point
+    return best_scale, best_zero
+
+
+@njit(cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _sum_of_errors(row, scale, zero_point, top):
+    """Sum of |w - w'|^2.4; codes are truncated from half above them, which differs from rounding only at ties."""
+    inverse, shifted = np.float32(1) / scale, zero_point + np.float32(0.5)
+    above = top + np.float32(0.5)
+    total = np.float32(0)
+    for i in range(len(row)):
+        code = np.float32(np.int32(min(max(row[i] * inverse + shifted, np.float32(0)), above)))
+        total += power_2_4(abs((code - zero_point) * scale - row[i]))
+    return total

@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 
+import kmeans_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -25,10 +26,48 @@ def brute_force(values, k):
     return min(sum(np.var(values[a:b]) * (b - a) for a, b in itertools.pairwise(bound)) for bound in bounds)
 
 
+def groups(rng, count):
+    """Tight groups far apart: whole ranges of penalties give the same number of clusters."""
+    return np.repeat(rng.standard_normal(count // 8 + 1) * 100, 8)[:count] + rng.standard_normal(count) * 0.01
+
+
+# Ties of many kinds: paths of fewer and of more steps are best at the same penalty, none of k steps is found.
+DRAWS = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "heavy_tailed": lambda rng, n: rng.standard_t(2, size=n),
+    "whole_numbers": lambda rng, n: rng.integers(-20, 20, n),
+    "evenly_spaced": lambda rng, n: np.arange(n),
+    "symmetric": lambda rng, n: np.resize(np.outer([1, -1], rng.standard_normal(n // 2 + 1)).ravel(), n),
+    "two_ranges": lambda rng, n: np.r_[np.arange(n // 2), 1000 + np.arange(n - n // 2)],
+    "exponential": lambda rng, n: np.exp(rng.uniform(-8, 8, n)),
+    "groups": groups,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_equals_the_table(draw):
+    """The optimum by an independent route, on rows of all widths and both grains."""
+    rng = np.random.default_rng(0)
+    for count in (2, 3, 9, 16, 17, 18, 40, 77, 150, 216):
+        values = np.asarray(DRAWS[draw](rng, count), np.float64)
+        weight = torch.from_numpy(values)[None]
+        for bits in (4, 3, 1):
+            best = reference.least_squared_error(values, 2**bits)
+            for centroids in (kmeans.fit_per_channel(weight, (bits,))[bits], kmeans.fit_whole(weight, (bits,))[bits]):
+                error = squared_error(weight, centroids).item()
+                assert error == pytest.approx(best, rel=1e-9, abs=1e-12 * np.var(values) * count), (count, bits)
+
+
+def test_a_path_is_spliced_where_none_is_best():
+    """At one penalty paths of one and of three steps over 0, 1 ... 5 are best: the one of two is made of both."""
+    few, many = np.array([0, 6]), np.array([0, 2, 4, 6])
+    assert kmeans._splice(few, many, 2).tolist() == [0, 4, 6]
+
+
 def test_by_hand():
-    weight = torch.tensor([[0.0, 1.0, 10.0, 11.0, 30.0]], dtype=torch.float64)
-    assert kmeans.fit_per_channel(weight, (1,))[1].tolist() == [[5.5, 30.0]]
-    assert kmeans.fit_whole(weight, (2,))[2].tolist() == [0.0, 1.0, 10.5, 30.0]
+    weight = torch.tensor([[0.0, 1.0, 10.0, 12.0, 30.0]])
+    assert kmeans.fit_per_channel(weight, (1,))[1].tolist() == [[5.75, 30.0]]
+    assert kmeans.fit_whole(weight, (2,))[2].tolist() == [0.5, 10.0, 12.0, 30.0]
 
 
 @pytest.mark.parametrize(("count", "bits"), [(9, 1), (9, 2), (10, 3), (13, 2)])

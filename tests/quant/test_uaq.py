@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from quant import uaq
+from quant.rows import sorted_rows
 
 
 def published_search(channel, bits):
@@ -78,3 +79,15 @@ def test_any_magnitude(factor):
 def test_error_by_hand():
     weight, quantized = torch.zeros(2, 4), torch.tensor([[1.0, 0, 0, 0], [2.0, 2.0, 0, 0]])
     assert uaq.mean_error(weight, quantized).tolist() == pytest.approx([1 / 4, 2 * 2**2.4 / 4])
+
+
+@pytest.mark.parametrize("factor", [1e-20, 0.03, 1e17])
+def test_fast_search_picks_the_same(factor):
+    """The CPU's search against torch's: the same shrink, so the same scale and zero point, in every channel."""
+    weight = torch.randn(300, 130, generator=torch.Generator().manual_seed(0)) ** 3 * factor
+    weight[:50] = weight[:50].abs()
+    weight[0], weight[1], weight[2] = 0.7 * factor, -0.3 * factor, 0
+    fast = uaq.fit_rows(sorted_rows(weight), (4, 3))
+    for bits, (scale, zero_point) in fast.items():
+        expected_scale, expected_zero = uaq.fit(weight, bits)
+        assert torch.equal(scale, expected_scale) and torch.equal(zero_point, expected_zero)

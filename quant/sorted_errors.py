@@ -1,0 +1,89 @@
+"""The error of every method on a fitted weight, from its sorted rows.
+
+Under any of the six methods a channel's weights that share a code are neighbours in its sorted row, so a
+method's error needs the places where codes change, found by bisection, and one pass of |w - w'|^2.4. The
+codes are exactly those of `methods.quantize`, whose divisions round to the weights' own precision.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from quant import uaq
+from quant.kmeans import boundaries_of
+from quant.power import sum_of_powers
+from quant.rows import run
+
+# Bits of a float32's mantissa that a precision does not have.
+DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}
+
+
+def of_uaq(rows, scale, zero_point, bits):
+    """Sum over channels of the mean |w - w'|^2.4 of float32 `rows` [C, n] under UAQ."""
+    codes = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows), -1)
+    levels = uaq.dequantize(codes, scale, zero_point).float().numpy()
+    zeros = zero_point.to(scale.dtype).float().numpy()
+    out = np.empty(len(rows))
+    run(_of_uaq, rows, scale.float().numpy(), zeros, np.uint32(DROPPED_BITS[scale.dtype]), levels, out)
+    return float(out.sum())
+
+
+def of_kmeans(rows, centroids):
+    """The same under K-Means with `centroids` [k] or [C, k]."""
+    levels = centroids.expand(len(rows), -1)
+    out = np.empty(len(rows))
+    run(_of_kmeans, rows, boundaries_of(levels).numpy(), levels.float().numpy(), out)
+    return float(out.sum())
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _of_uaq(rows, scales, zero_points, dropped, levels, out):
+    for channel in prange(len(rows)):
+        row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
+        at = 0
+        for code in range(1, levels.shape[1]):
+            low, high = at, len(row)
+            while low < high:
+                middle = (low + high) // 2
+                if _code(row[middle], scales[channel], zero_points[channel], dropped) >= code:
+                    high = middle
+                else:
+                    low = middle + 1
+            starts[code] = at = low
+        out[channel] = _error(row, starts, levels[channel])
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _of_kmeans(rows, boundaries, levels, out):
+    for channel in prange(len(rows)):
+        starts = np.zeros(levels.shape[1] + 1, np.int64)
+        starts[1:-1] = np.searchsorted(rows[channel], boundaries[channel], side="right")
+        out[channel] = _error(rows[channel], starts, levels[channel])
+
+
+@njit(cache=True, error_model="numpy")
+def _error(row, starts, levels):
+    """Mean |w - w'|^2.4 of a row whose weights from starts[c] on have code c."""
+    starts[-1] = len(row)
+    differences = np.empty(len(row), np.float32)
+    for c in range(len(levels)):
+        for i in range(starts[c], starts[c + 1]):
+            differences[i] = abs(row[i] - levels[c])
+    return sum_of_powers(differences) / np.float32(len(row))
+
+
+@njit(cache=True, error_model="numpy")
+def _code(weight, scale, zero_point, dropped):
+    """round(w / scale) + zero point, not clipped, each step rounded to the weights' precision."""
+    return _rounded(np.rint(_rounded(weight / scale, dropped)) + zero_point, dropped)
+
+
+@njit(cache=True)
+def _rounded(value, dropped):
+    """A float32 rounded to nearest even without its last `dropped` bits; a half's overflow is left as it is."""
+    if dropped == 0:
+        return value
+    bits = np.float32(value).view(np.uint32)
+    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
+    bits = np.uint32(bits + half + ((bits >> dropped) & np.uint32(1)))
+    return np.uint32((bits >> dropped) << dropped).view(np.float32)
