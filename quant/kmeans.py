@@ -38,11 +38,20 @@ def fit_per_channel(weight, bits=(4, 3), rows=None):
     weights per channel. A channel with fewer distinct values than centroids repeats its largest.
     `rows` are the weight's sorted rows, if they are at hand.
     """
-    rows = sorted_rows(weight) if rows is None else rows
-    sizes = np.array([min(2**b, rows.shape[1]) for b in bits])
-    out = np.empty((len(rows), sizes.sum()))
-    run(_fit_rows, rows, sizes, out)
-    return _as_tensors(bits, np.split(out, np.cumsum(sizes)[:-1], axis=1), weight)
+    sizes = [min(2**b, weight[0].numel()) for b in bits] if weight.numel() else []
+    if weight.is_cuda:
+        check(weight)
+        from quant import kmeans_cuda  # Triton is there where CUDA is
+
+        return _as_tensors(bits, kmeans_cuda.fit_per_channel(weight, sizes), weight)
+    return _as_tensors(bits, fit_sorted(sorted_rows(weight) if rows is None else rows, sizes), weight)
+
+
+def fit_sorted(rows, sizes):
+    """Optimal centroids of ascending rows (numpy [C, n]) for each of `sizes`: [[C, k], ...], float64."""
+    out = np.empty((len(rows), sum(sizes)))
+    run(_fit_rows, rows, np.array(sizes), out)
+    return [torch.from_numpy(table) for table in np.split(out, np.cumsum(sizes)[:-1], axis=1)]
 
 
 def fit_whole(weight, bits=(4, 3), rows=None):
@@ -51,7 +60,7 @@ def fit_whole(weight, bits=(4, 3), rows=None):
     sizes = np.array([min(2**b, weight.numel()) for b in bits])
     out = np.empty(sizes.sum())
     run(_fit_histogram, values, counts, sizes, out)
-    return _as_tensors(bits, np.split(out, np.cumsum(sizes)[:-1]), weight)
+    return _as_tensors(bits, torch.from_numpy(out).split(sizes.tolist()), weight)
 
 
 def assign(weight, centroids):
@@ -103,10 +112,10 @@ def _sorted_values(weight, rows):
 
 def _as_tensors(bits, centroids, weight):
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return {b: torch.from_numpy(table).to(weight.device, dtype) for b, table in zip(bits, centroids, strict=True)}
+    return {b: table.to(weight.device, dtype) for b, table in zip(bits, centroids, strict=True)}
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _count(bits, counts):
     """How often each 16-bit pattern stands in `bits` [n]: counts [parts, 65536], to be added up."""
     parts = len(counts)
@@ -115,7 +124,7 @@ def _count(bits, counts):
             counts[part, bits[i]] += 1
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _fit_rows(rows, sizes, out):
     """Centroids of each ascending row of `rows` [R, n], for each size in turn: out [R, sum(sizes)]."""
     count, n = rows.shape
@@ -134,7 +143,7 @@ def _fit_rows(rows, sizes, out):
                 offset += k
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _fit_histogram(values, counts, sizes, out):
     """Centroids of ascending `values` [n] with `counts` [n] (None: one each), for each size in turn: out [sum(sizes)]."""
     n = len(values)

@@ -5,6 +5,7 @@ weights' own precision. Codes and quantized weights are always recomputed from t
 and the parameters, so applying a method twice, or after any other, gives the same weights.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,19 @@ def fit(weight):
 
 def fit_with_errors(weight):
     """Parameters of all six methods for `weight` [C, ...], as `fit`, and their errors {name: float}."""
-    if weight.device.type != "cpu" or weight.dtype not in sorted_errors.DROPPED_BITS:
+    if weight.device.type == "cpu" and weight.dtype in sorted_errors.DROPPED_BITS:
+        rows = sorted_rows(weight)
+        uniform = uaq.fit_rows(rows, BITS)
+        per_channel, whole = (f(weight, BITS, rows) for f in (kmeans.fit_per_channel, kmeans.fit_whole))
+        parameters = _parameters(weight, uniform, per_channel, whole)
+        return parameters, {name: _error_of_rows(name, rows, p) for name, p in parameters.items()}
+    with ThreadPoolExecutor(1) as pool:  # K-Means-A on the CPU, while a GPU is at the others
+        whole = pool.submit(kmeans.fit_whole, weight.cpu(), BITS)
         uniform = {b: uaq.fit(weight, b) for b in BITS}
-        parameters = _parameters(weight, uniform, kmeans.fit_per_channel(weight, BITS), kmeans.fit_whole(weight, BITS))
-        return parameters, errors(weight, parameters)
-    rows = sorted_rows(weight)
-    uniform = uaq.fit_rows(rows, BITS)
-    parameters = _parameters(
-        weight, uniform, kmeans.fit_per_channel(weight, BITS, rows), kmeans.fit_whole(weight, BITS, rows)
-    )
-    return parameters, {name: _error_of_rows(name, rows, p) for name, p in parameters.items()}
+        per_channel = kmeans.fit_per_channel(weight, BITS)
+        whole = {b: centroids.to(weight.device) for b, centroids in whole.result().items()}
+    parameters = _parameters(weight, uniform, per_channel, whole)
+    return parameters, errors(weight, parameters)
 
 
 def _parameters(weight, uniform, per_channel, whole):

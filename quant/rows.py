@@ -1,10 +1,13 @@
 """What the fitting kernels share: a weight's channels as sorted rows, and their threads."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import torch
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def sorted_rows(weight):
@@ -28,13 +31,14 @@ def check(weight):
 
 
 def run(kernel, *args):
-    """Call a parallel Numba kernel with as many threads as torch has.
+    """Call a parallel Numba kernel with as many threads as torch has, one kernel at a time.
 
     Numba's first run sets OpenMP's number of threads, which is torch's too: it is put back.
     """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        return kernel(*args)
-    finally:
-        torch.set_num_threads(threads)
+    with _ONE_AT_A_TIME:
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        try:
+            kernel(*args)
+        finally:
+            torch.set_num_threads(threads)

@@ -36,7 +36,7 @@ def of_kmeans(rows, centroids):
     return float(out.sum())
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _of_uaq(rows, scales, zero_points, dropped, levels, out):
     for channel in prange(len(rows)):
         row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
@@ -53,7 +53,7 @@ def _of_uaq(rows, scales, zero_points, dropped, levels, out):
         out[channel] = _error(row, starts, levels[channel])
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _of_kmeans(rows, boundaries, levels, out):
     for channel in prange(len(rows)):
         starts = np.zeros(levels.shape[1] + 1, np.int64)

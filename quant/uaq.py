@@ -42,8 +42,9 @@ def fit(weight, bits):
     low, high = rows.aminmax(dim=1)  # [C], [C]
     best_error = torch.full_like(low, torch.inf)
     scale, zero_point = torch.ones_like(low), torch.zeros_like(low)
+    steps = torch.full_like(low, 2**bits - 1)  # a tensor: CUDA would multiply by the inverse of a number
     for shrink in SHRINKS:
-        new_scale = (high * shrink - low * shrink) / (2**bits - 1)
+        new_scale = (high * shrink - low * shrink) / steps
         new_zero = (-low * shrink / new_scale).round()
         error = mean_error(rows, dequantize(quantize(rows, new_scale, new_zero, bits), new_scale, new_zero))
         better = error < best_error  # false for the NaN of a constant channel
@@ -80,7 +81,7 @@ def fit_rows(rows, bits):
     return {b: (scale[i], zero_point[i]) for i, b in enumerate(bits)}
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _fit_rows(rows, tops, shrinks, out):
     """Scales and zero points out [2, bit widths, C] of ascending rows [C, n]; `tops` are the highest codes."""
     for channel in prange(len(rows)):

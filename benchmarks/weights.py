@@ -1,0 +1,59 @@
+"""Weights to fit: random ones in the real denoisers' own shapes, and the embedded models' trained ones.
+
+Trained weights have heavy tails and scales that differ from channel to channel. The random ones are
+Student-t with 5 degrees of freedom, each output channel times 0.03 x a log-normal factor (sigma 0.4).
+"""
+
+import numpy as np
+import torch
+
+from models import geometry
+from models.families import FAMILIES
+from models.layers import find_slots, free_keys, weight_layers
+from models.pipelines import load_denoiser
+from quant.multiquantizer import slot_weight
+
+POOL = 2**24
+
+
+def heavy_tailed(channels, width, seed=0, dtype=torch.float16):
+    """Random weights [channels, width] with the tails and channel spread of trained ones."""
+    rng = np.random.default_rng(seed)
+    scale = 0.03 * rng.lognormal(0, 0.4, size=(channels, 1))
+    return torch.from_numpy(rng.standard_t(5, size=(channels, width)) * scale).to(dtype)
+
+
+def random_denoiser(name):
+    """The family's own denoiser in its own precision, heavy-tailed random weights in every weight layer.
+
+    Layers are cut from one pool of 16.8 M draws, each from its own place, so that making them takes seconds.
+    """
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        denoiser = geometry.build(name)
+    denoiser = denoiser.to(family.dtype).to_empty(device="cpu")
+    rng = np.random.default_rng(0)
+    pool = torch.from_numpy(rng.standard_t(5, size=POOL).astype(np.float32)).to(family.dtype)
+    for _, layer in weight_layers(denoiser, family):
+        weight, begin = layer.weight.data, int(rng.integers(POOL))
+        flat = weight.view(-1)
+        for start in range(0, len(flat), POOL):
+            part = flat[start : start + POOL]
+            first = min(POOL - begin, len(part))
+            part[:first] = pool[begin : begin + first]
+            part[first:] = pool[: len(part) - first]
+        scale = torch.from_numpy(0.03 * rng.lognormal(0, 0.4, size=len(weight))).to(family.dtype)
+        weight.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
+    slots = find_slots(denoiser, family)
+    for slot in slots.values():
+        shared = denoiser.get_submodule(slots[slot.tie].module_path).weight
+        denoiser.get_submodule(slot.module_path).weight.data.copy_(shared.data)
+    return denoiser
+
+
+def embedded_weights(name):
+    """All fitted weights of the family's embedded model: {key: [C, ...]}."""
+    family = FAMILIES[name]
+    denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
+    slots = find_slots(denoiser, family)
+    return {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)}
