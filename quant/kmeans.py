@@ -85,6 +85,21 @@ def assign_by_boundaries(weight, boundaries):
     return codes.to(torch.uint8).reshape(weight.shape)
 
 
+def apply(weight, centroids, boundaries=None):
+    """`weight` with each value replaced by its centroid (see `assign`), in the centroids' dtype.
+
+    `boundaries` [(C,) k-1] send other weights to a centroid than those nearest to it.
+    """
+    boundaries = boundaries_of(centroids) if boundaries is None else boundaries
+    if weight.device.type != "cpu" or centroids.dtype == torch.float64 or weight.dtype == torch.float64:
+        return dequantize(assign_by_boundaries(weight, boundaries), centroids)
+    rows = weight.reshape(len(weight), -1).float()
+    limits, levels = (t.float().expand(len(rows), -1).contiguous() for t in (boundaries, centroids))
+    out = torch.empty_like(rows)
+    run(_choose, rows.numpy(), limits.numpy(), levels.numpy(), out.numpy())
+    return out.to(centroids.dtype).reshape(weight.shape)
+
+
 def dequantize(codes, centroids):
     """Weights of the codes' shape and the centroids' dtype: each code's centroid."""
     if centroids.ndim == 1:
@@ -113,6 +128,18 @@ def _sorted_values(weight, rows):
 def _as_tensors(bits, centroids, weight):
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {b: table.to(weight.device, dtype) for b, table in zip(bits, centroids, strict=True)}
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _choose(rows, boundaries, levels, out):
+    """out [C, n]: of each channel's `levels` [C, k], the one that its weight's `boundaries` [C, k-1] send it to."""
+    for channel in prange(len(rows)):
+        row, chosen = rows[channel], out[channel]
+        chosen[:] = levels[channel, 0]
+        for c in range(boundaries.shape[1]):  # the loop over weights is the inner one: it vectorises
+            limit, level = boundaries[channel, c], levels[channel, c + 1]
+            for i in range(len(row)):
+                chosen[i] = level if row[i] > limit else chosen[i]
 
 
 @njit(parallel=True, nogil=True, cache=True)

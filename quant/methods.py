@@ -116,7 +116,9 @@ def dequantize(name, codes, parameters):
 
 def apply(name, weight, parameters):
     """`weight` [C, ...] as the method `name` represents it, in the precision of `weight`."""
-    return dequantize(name, quantize(name, weight, parameters), parameters)
+    if METHODS[name].algorithm == "mse":
+        return dequantize(name, quantize(name, weight, parameters), parameters)
+    return kmeans.apply(weight, **parameters)
 
 
 def error(weight, quantized):
