@@ -119,7 +119,7 @@ def load_sampler(family, model_id, device, refiner_id=None):
 
 
 def load_denoiser(family, model_id, device):
-    """The family's denoiser alone, without text encoders and autoencoder, as `load_sampler` would load it."""
+    """The family's denoiser alone, without text encoders and autoencoder, in the family's precision."""
     with _explained(family, family.pipeline, model_id):
         if is_single_file(model_id):
             denoiser = _denoiser_of_single_file(family, Path(model_id))
@@ -130,7 +130,7 @@ def load_denoiser(family, model_id, device):
                 folder, subfolder=family.denoiser, dtype=family.dtype, **_variant(family, folder)
             )
     with quiet_loading():
-        return denoiser.to(device, compute_dtype(family, device))
+        return denoiser.to(device, family.dtype)
 
 
 def compute_dtype(family, device):

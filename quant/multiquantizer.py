@@ -11,6 +11,7 @@ Tied weights are stored once, under the key of the slot that they share. The ide
 """
 
 import hashlib
+import sys
 import time
 from pathlib import Path
 
@@ -43,25 +44,34 @@ def build(denoiser, family, path, prefix=""):
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
     keys = [key for key in free_keys(slots) if in_part(slots[key], prefix)]
-    methods.fit(torch.eye(2, 4))  # compiles the kernels, so that the time left is right from the start
-    saved = time.monotonic()
-    with tqdm(total=sum(slots[key].shape.numel() for key in keys), unit=" weights", unit_scale=True) as progress:
-        for number, key in enumerate(keys, start=1):
-            progress.set_postfix_str(f"layer {number}/{len(keys)}", refresh=False)
-            weight = slot_weight(denoiser, slots[key], family)
-            if key not in entries or entries[key]["fingerprint"] != fingerprint(weight):
-                try:
-                    entries[key] = fit_entry(weight)
-                except ValueError as reason:
-                    raise InputError(f"{slots[key].module_path}: {reason}") from None
-            progress.update(weight.numel())
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save(entries, family, partial, prefix)
-                saved = time.monotonic()
+    methods.fit(torch.eye(2, 4, dtype=family.dtype, device=denoiser.device))  # compiles the kernels, so that the time left is right from the start
+    try:
+        _fit_slots(denoiser, family, {key: slots[key] for key in keys}, entries, lambda: save(entries, family, partial, prefix))
+    except BaseException:  # an interrupt too
+        save(entries, family, partial, prefix)
+        raise
     entries = {key: entries[key] for key in keys}
     save(entries, family, path, prefix)
     partial.unlink(missing_ok=True)
     return entries
+
+
+def _fit_slots(denoiser, family, slots, entries, checkpoint):
+    """Add what is missing of the slots to `entries`; calls `checkpoint` now and then."""
+    saved = time.monotonic()
+    with tqdm(total=sum(slot.shape.numel() for slot in slots.values()), unit=" weights", unit_scale=True) as progress:
+        for number, (key, slot) in enumerate(slots.items(), start=1):
+            progress.set_postfix_str(f"layer {number}/{len(slots)}", refresh=False)
+            weight = slot_weight(denoiser, slot, family)
+            if key not in entries or entries[key]["fingerprint"] != fingerprint(weight):
+                try:
+                    entries[key] = fit_entry(weight)
+                except ValueError as reason:
+                    raise InputError(f"{slot.module_path}: {reason}") from None
+            progress.update(weight.numel())
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint()
+                saved = time.monotonic()
 
 
 def check_ties(denoiser, slots, family):
@@ -94,10 +104,17 @@ def save(entries, family, path, prefix=""):
         "family": family.name,
         "precision_bits": family.precision_bits,
         "prefix": prefix,
-        "slots": entries,
+        "slots": _with_interned_keys(entries),
     }
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+def _with_interned_keys(entries):
+    """The same with equal keys being one object, which pickle writes once: equal entries make equal files."""
+    if not isinstance(entries, dict):
+        return entries
+    return {sys.intern(key): _with_interned_keys(value) for key, value in entries.items()}
 
 
 def load(path, denoiser, family):

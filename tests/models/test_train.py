@@ -189,7 +189,7 @@ def test_pixart_without_a_prompt_is_told_the_empty_one(few_captions, name, token
 @torch.no_grad()
 def test_dropped_tokens_change_nothing():
     """The trained PixArt gives the same with all 120 tokens as with the few that are not masked."""
-    denoiser = load_denoiser(FAMILIES["pixart_alpha"], "embedded", CPU)
+    denoiser = load_denoiser(FAMILIES["pixart_alpha"], "embedded", CPU).float()
     pipeline = assemble("pixart_alpha", denoiser, vae(), {"t5": text_encoder("t5")})
     full = train.arguments_for(pipeline, RECIPES["pixart_alpha"], all_captions()[:1500:500])
     few = train.drop_masked_tokens(full)

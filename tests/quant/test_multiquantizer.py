@@ -149,7 +149,7 @@ def test_missing_file_says_how_to_make_it(tmp_path, denoiser, family):
 
 
 def test_interrupted_build_goes_on(tmp_path, denoiser, family, monkeypatch):
-    """A build stopped after five layers fits only the others when started again, to the same result."""
+    """A build stopped after five layers fits only the others when started again, to the same file."""
     path = tmp_path / "mq.pt"
     fitted = []
 
@@ -159,7 +159,6 @@ def test_interrupted_build_goes_on(tmp_path, denoiser, family, monkeypatch):
         fitted.append(weight)
         return entries_module.fit_entry(weight)
 
-    monkeypatch.setattr(multiquantizer, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(multiquantizer, "fit_entry", fit_five)
     with pytest.raises(KeyboardInterrupt):
         multiquantizer.build(denoiser, family, path)
@@ -170,10 +169,8 @@ def test_interrupted_build_goes_on(tmp_path, denoiser, family, monkeypatch):
     entries = multiquantizer.build(denoiser, family, path)
     assert len(again) == len(entries) - 5
     assert not path.with_suffix(".pt.partial").exists()
-    undisturbed = multiquantizer.build(denoiser, family, tmp_path / "other.pt")
-    assert torch.load(path, weights_only=True)["slots"].keys() == undisturbed.keys()
-    for key in entries:
-        assert entries[key]["errors"] == undisturbed[key]["errors"]
+    multiquantizer.build(denoiser, family, tmp_path / "other.pt")
+    assert path.read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
 def test_nan_weight_is_named(tmp_path, denoiser, family):
