@@ -10,7 +10,7 @@ import torch
 from models import geometry
 from models.families import FAMILIES
 from models.layers import find_slots, free_keys, weight_layers
-from models.pipelines import load_denoiser
+from models.pipelines import load_denoiser, quiet_loading
 from quant.multiquantizer import slot_weight
 
 POOL = 2**24
@@ -31,7 +31,8 @@ def random_denoiser(name):
     family = FAMILIES[name]
     with torch.device("meta"):
         denoiser = geometry.build(name)
-    denoiser = denoiser.to(family.dtype).to_empty(device="cpu")
+    with quiet_loading():
+        denoiser = denoiser.to(family.dtype).to_empty(device="cpu")
     rng = np.random.default_rng(0)
     pool = torch.from_numpy(rng.standard_t(5, size=POOL).astype(np.float32)).to(family.dtype)
     for _, layer in weight_layers(denoiser, family):
