@@ -80,10 +80,11 @@ def measure_all(names, device):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         line = json.loads(done.stdout.splitlines()[-1])
         lines.append(line)
+        smaller = line["published_bytes"] / line["file_bytes"]
         print(
             f"{name:<14}{line['weights']:>15,}{line['fit_seconds']:>7.1f} s{line['weights_per_second'] / 1e6:>7.1f} M/s"
-            f"{line['peak_gb_beyond_weights']:>7.2f} GB{line['file_bytes'] / 1e6:>7.1f} MB{line['published_bytes'] / 1e9:>8.2f} GB"
-            f"{line['published_bytes'] / line['file_bytes']:>8.0f}x{line['load_seconds']:>7.2f} s"
+            f"{line['peak_gb_beyond_weights']:>7.2f} GB{line['file_bytes'] / 1e6:>7.1f} MB"
+            f"{line['published_bytes'] / 1e9:>8.2f} GB{smaller:>8.0f}x{line['load_seconds']:>7.2f} s"
             f"{line['apply_seconds']:>7.2f} s{line['switch_seconds']:>7.2f} s",
             flush=True,
         )

@@ -27,6 +27,7 @@ from quant.rows import check, run, sorted_rows
 
 ROWS_PER_TASK = 16  # each task's rows share what they learn about the penalty
 PENALTY = 0.165  # of the high-resolution estimate; 1/6 for fine quantizers
+MANY_VALUES = 2**12  # above which boundaries that cannot be are ruled out first
 ONE = uint64(1)  # unsigned indices spare each array access the test for a negative one
 BACK = uint64(6)  # where the search for a boundary's successors starts, before the end of the last ones
 
@@ -214,8 +215,10 @@ def _fit_values(x, mass, moment, center, k, factor, cost, start, out):
     if used == m:
         bounds = np.arange(m + 1)
     else:
-        estimate = _estimated_penalty(x, mass, k)
-        penalty = factor * estimate
+        penalty = factor * _estimated_penalty(x, mass, k)
+        if m > MANY_VALUES:
+            x, mass, moment = _possible_boundaries(x, mass, moment, k)
+            m = len(x)
         bounds, found = _best_path(x, mass, moment, k, penalty, cost[: m + 1], start[: m + 1])
         correction = (found / penalty) ** 0.3
     for c in range(used):
@@ -300,6 +303,57 @@ def _penalised_path(x, mass, moment, penalty, cost, start):
         at = uint64(start[at])
         steps += 1
     return steps
+
+
+@njit(cache=True, error_model="numpy")
+def _possible_boundaries(x, mass, moment, k):
+    """x, mass and moment with values merged across which no boundary of the best k clusters can lie.
+
+    A boundary lies at the midpoint of its clusters' means, which moves right with any other boundary. So from
+    boundaries all too far left, moving each to its midpoint, again and again, never passes the best ones, and
+    neither does the same from the right: the best lie between where both come to rest.
+    """
+    m = len(x)
+    left, right = np.arange(k + 1), np.arange(m - k, m + 1)
+    left[k], right[0] = m, 0
+    moved = True
+    while moved:
+        moved = False
+        for c in range(1, k):
+            # From boundary to next boundary, all of them too far left: the midpoint is no further right than the next.
+            low, high, middle = left[c], left[c + 1], _midpoint(mass, moment, left[c - 1], left[c], left[c + 1])
+            while low < high:
+                at = (low + high) // 2
+                if x[at] < middle:
+                    low = at + 1
+                else:
+                    high = at
+            moved |= low > left[c]
+            left[c] = low
+        for c in range(k - 1, 0, -1):
+            low, high, middle = right[c - 1], right[c], _midpoint(mass, moment, right[c - 1], right[c], right[c + 1])
+            while low < high:
+                at = (low + high) // 2
+                if x[at] <= middle:
+                    low = at + 1
+                else:
+                    high = at
+            moved |= low < right[c]
+            right[c] = low
+    possible = np.zeros(m + 1, np.bool_)
+    possible[0] = possible[m] = True
+    for c in range(1, k):
+        possible[left[c] : right[c] + 1] = True
+    (nodes,) = np.nonzero(possible)
+    mass, moment = mass[nodes], moment[nodes]
+    return (moment[1:] - moment[:-1]) / (mass[1:] - mass[:-1]), mass, moment
+
+
+@njit(cache=True, error_model="numpy")
+def _midpoint(mass, moment, begin, boundary, end):
+    """Between the means of the clusters on both sides of a boundary."""
+    left = (moment[boundary] - moment[begin]) / (mass[boundary] - mass[begin])
+    return (left + (moment[end] - moment[boundary]) / (mass[end] - mass[boundary])) / 2
 
 
 @njit(cache=True)

@@ -153,3 +153,24 @@ def test_fitting_leaves_torchs_threads_alone():
     code = "import torch; from quant import methods; torch.set_num_threads(1); methods.fit(torch.randn(8, 8)); "
     done = subprocess.run([sys.executable, "-c", code + "print(torch.get_num_threads())"], capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_ruled_out_boundaries_are_not_the_best_ones():
+    """The best clusters of many values, found with the impossible boundaries ruled out first, and without."""
+    rng = np.random.default_rng(0)
+    for draw in (*DRAWS.values(), lambda rng, n: rng.standard_normal(40 * n)):
+        values = np.unique(np.asarray(draw(rng, 150), np.float64))
+        x = values - values.mean()
+        mass, moment = np.arange(len(x) + 1.0), np.r_[0, np.cumsum(x)]
+        for k in (2, 5, 8):
+            merged = kmeans._possible_boundaries(x, mass, moment, k)
+            best = [least_cost(*prefixes, k) for prefixes in (merged, (x, mass, moment))]
+            assert best[0] == pytest.approx(best[1], rel=1e-12), k
+    assert len(merged[0]) < len(x) / 4  # many values: few boundaries are possible
+
+
+def least_cost(x, mass, moment, k):
+    """Squared error, less the sum of squares, of the best k clusters."""
+    cost, start = np.empty(len(x) + 1), np.empty(len(x) + 1, np.uint32)
+    bounds, _ = kmeans._best_path(x, mass, moment, k, 1.0, cost, start)
+    return -((np.diff(moment[bounds]) ** 2) / np.diff(mass[bounds])).sum()
