@@ -1,7 +1,7 @@
 """Fitting quantizers beside the published procedure and others, on the same weights in one run.
 
     pip install -e '.[benchmark]'
-    python -m benchmarks.fit [--device cuda] [--machine h100]
+    python -m benchmarks.fit [--device cuda] [--machine h100] [pixart_alpha ...]
 
 1. K-Means-C at 4 and 3 bits by: this program; the published procedure, scikit-learn's KMeans(max_iter=100) a
    channel at a time and the assignment of its labels element by element; kmeans1d, exact and an independent
@@ -123,13 +123,14 @@ def compare(channels):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="geometries of part 3; default: all six")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--machine", default="cpu", help="name of the machine in the result's file name")
     parser.add_argument("--channels", type=int, default=256, help="channels that the procedures are compared on")
     args = parser.parse_args()
     result = compare(args.channels) if args.device == "cpu" else {}
-    result["geometries"] = measure_all(list(FAMILIES), args.device)
-    if args.device == "cpu":
+    result["geometries"] = measure_all(args.families, args.device)
+    if args.device == "cpu" and args.families[0] == "pixart_alpha":
         pixart = result["geometries"][0]
         theirs = sum(pixart["weights"] / rate for rate in result["published_weights_per_second"].values())
         result["published_pixart_alpha_seconds"] = round(theirs)

@@ -6,6 +6,7 @@ clean-fid's own hook for another feature extractor.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from cleanfid import features as clean_features
 from cleanfid import fid as clean_fid
+from cleanfid.resize import build_resizer
 from cleanfid.utils import EXTENSIONS
+from torchvision.transforms.functional import to_tensor
 
 from errors import InputError, first_line
 from evaluation.images import save_png
@@ -69,6 +72,15 @@ def folder_features(folder, extractor, device, batch_size=64):
         raise
     except (OSError, ValueError, RuntimeError) as reason:  # unreadable, not an image, or of another size
         raise InputError(f"{folder}: an image cannot be used ({first_line(reason)})") from None
+
+
+def image_features(images, extractor, device, batch_size=64):
+    """Features [N, F] of images (uint8 [H, W, 3]): those that `folder_features` has of their PNG files."""
+    resize = extractor.resize or build_resizer("clean")
+    pending, features = iter(images), []
+    while batch := [to_tensor(resize(image)) for image in itertools.islice(pending, batch_size)]:
+        features.append(clean_fid.get_batch_features(torch.stack(batch), extractor.model, device))
+    return np.concatenate(features)
 
 
 def image_files(folder):

@@ -62,6 +62,10 @@ class Sampler:
         self.family, self.pipeline, self.refiner = family, pipeline, refiner
 
     @property
+    def pipelines(self):
+        return [self.pipeline] if self.refiner is None else [self.pipeline, self.refiner]
+
+    @property
     def denoiser(self):
         return getattr(self.pipeline, self.family.denoiser)
 

@@ -10,14 +10,17 @@ Song, 2011; Gronlund et al., 2017) takes O(k m log m). This is O(m) in practice,
    (Panter and Dite, 1951) says where it lies, so one or two paths over the values usually do. Where the
    interval is a point, paths of fewer and of more steps are both best there, and they cross: their
    pieces make one of k steps.
-2. At the optimum every boundary lies between its neighbours' midpoint (Lloyd, 1982). From boundary j,
-   whose best left cluster is known, the next boundary can thus only be one of the few i for which the
-   midpoint of that cluster's mean and that of values j ... i-1 falls between the values j-1 and j. They
-   lie close to those of boundary j-1, so each j costs a handful of steps.
+2. At the optimum every boundary lies at the midpoint of the means on both sides of it (Lloyd, 1982). From
+   boundary j, whose best left cluster is known, the next boundary can thus only be one of the few i for
+   which the midpoint of that cluster's mean and that of values j ... i-1 falls between the values j-1 and
+   j. They lie close to those of boundary j-1, so each j costs a handful of steps. Of many values, the same
+   rule first leaves few that can be boundaries at all (`_possible_boundaries`).
 
 Sums are in double precision: exact wherever outliers are less than about a million times as far out as
 their channel's clusters are wide. The two grains are those of Mills et al. (2025).
 """
+
+import importlib.util
 
 import numpy as np
 import torch
@@ -40,10 +43,10 @@ def fit_per_channel(weight, bits=(4, 3), rows=None):
     `rows` are the weight's sorted rows, if they are at hand.
     """
     sizes = [min(2**b, weight[0].numel()) for b in bits] if weight.numel() else []
-    if weight.is_cuda:
-        check(weight)
-        from quant import kmeans_cuda  # Triton is there where CUDA is
+    if weight.is_cuda and importlib.util.find_spec("triton"):  # which torch brings, but not on all systems
+        from quant import kmeans_cuda
 
+        check(weight)
         return _as_tensors(bits, kmeans_cuda.fit_per_channel(weight, sizes), weight)
     return _as_tensors(bits, fit_sorted(sorted_rows(weight) if rows is None else rows, sizes), weight)
 

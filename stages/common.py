@@ -1,8 +1,12 @@
 """What the three stages share: flags, log, run folder, and the one-line end of a bad run."""
 
 import argparse
+import contextlib
+import fcntl
 import logging
 import math
+import os
+import socket
 import sys
 import time
 import warnings
@@ -140,6 +144,27 @@ def share(text):
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
     return number
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Hold `folder` for this process; InputError, naming the other, while another run holds it.
+
+    The system lets go of the lock when its process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{folder}: {file.read() or 'another process'} is at work here; give another --outdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def start_log(folder):

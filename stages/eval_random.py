@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -17,8 +18,10 @@ from errors import InputError
 from evaluation import fid, prompts, quant_cache
 from evaluation.clip_score import CLIP_MODEL, ClipScore
 from evaluation.images import generate, save_png
+from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import defaults, is_embedded, meta_denoiser, pick_device
+from models.prompt_memo import PromptMemo
 from quant import config, modules, multiquantizer
 from quant.storage import atomic_write
 from stages.common import (
@@ -26,6 +29,7 @@ from stages.common import (
     at_least,
     load_for,
     log,
+    only_run_in,
     parse_sampling,
     parser_for,
     save_settings,
@@ -63,6 +67,11 @@ def main(family):
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     image_prompts = prompts_for(args, family)
     args.prompts_key = prompts.key(image_prompts)
+    with only_run_in(args.outdir):
+        run(family, args, device, image_prompts)
+
+
+def run(family, args, device, image_prompts):
     settings = args.outdir / "sampling_config.yaml"
     check_same_run(args, settings)
     start_log(args.outdir)
@@ -72,9 +81,12 @@ def main(family):
     labeller = Labeller(family, args, device, image_prompts, extractor, reference)
     save_settings(args, settings)
 
-    full_precision = measure_full_precision(labeller, args.outdir / "full_precision.json")
-    log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
-    rows = label_configurations(labeller, args)
+    try:
+        full_precision = measure_full_precision(labeller, args.outdir / "full_precision.json")
+        log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
+        rows = label_configurations(labeller, args)
+    finally:
+        log.info("where the time went\n%s", "\n".join(labeller.watch.table()))
     table = "\n".join(results_table(rows, full_precision))
     (args.outdir / "results.txt").write_text(table + "\n")
     log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
@@ -145,19 +157,34 @@ class Labeller:
         self.family, self.args, self.device = family, args, device
         self.prompts, self.extractor, self.reference = image_prompts, extractor, reference
         self.clip = ClipScore(args.clip_model, device) if args.clip_score else None
+        self.watch = Stopwatch(device)
         self.sampler = load_for(args, family, device)
         denoiser = self.sampler.denoiser
         self.slots, self.entries = multiquantizer.load(args.multi_chkpt, denoiser, family)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(args.res))
         self.parts = modules.install(denoiser, family, self.slots)
+        self.memos = self.remember_prompts()
+        for pipeline in self.sampler.pipelines:
+            pipeline.vae.decode = self.watch.timed("decode", pipeline.vae.decode)
+
+    def remember_prompts(self):
+        """Memos of the pipelines' prompt embeddings, kept in <outdir>."""
+        memos = []
+        for number, pipeline in enumerate(self.sampler.pipelines):
+            if not hasattr(pipeline, "encode_prompt"):
+                continue
+            path = self.args.outdir / f"prompt_embeddings{'_refiner' if number else ''}.pt"
+            memos.append(PromptMemo(pipeline, path, str(self.args.refiner_id if number else self.args.model_id)))
+            pipeline.encode_prompt = self.watch.timed("encode", pipeline.encode_prompt)
+        return memos
 
     def label(self, configuration, name):
         """The row of a configuration; None stands for full precision."""
+        with self.watch.phase("quantize"):
+            self.put(configuration)
         if configuration is None:
-            config.restore(self.parts)
             description = config.describe_full_precision(self.slots, self.family.precision_bits)
         else:
-            config.apply(configuration, self.parts, self.slots, self.entries)
             description = config.describe(configuration, self.slots, self.entries, self.family.precision_bits)
         return {
             "quantized_size": config.quantized_size(description),
@@ -168,20 +195,45 @@ class Labeller:
             "config": description,
         }
 
+    def put(self, configuration):
+        if configuration is None:
+            config.restore(self.parts)
+        else:
+            config.apply(configuration, self.parts, self.slots, self.entries)
+
     def measure_images(self, name):
-        """FID, and CLIP score if asked for, of images of the weights in force, made in <outdir>/samples/<name>."""
-        folder = self.args.outdir / "samples" / name
+        """FID, and CLIP score if asked for, of images of the weights in force; NaN if an image is not made of numbers.
+
+        With --keep_samples the images are kept in <outdir>/samples/<name>.
+        """
+        with self.watch.phase("denoise"):
+            images = list(generate(self.sampler, self.prompts, self.args, name, keep_bar=False))
+        for memo in self.memos:  # all prompts are known now
+            memo.save()
+            memo.release()
+        if self.args.keep_samples:
+            with self.watch.phase("write"):
+                self.keep(images, self.args.outdir / "samples" / name)
+        bad = sum(image is None for image in images)
+        if bad:
+            log.warning("%s: %d of %d images have values that are not numbers; its labels are NaN", name, bad, len(images))
+            return {"FID-GT-1k": math.nan} | ({quant_cache.CLIP_SCORE: math.nan} if self.clip else {})
+        with self.watch.phase("features"):
+            features = fid.image_features(images, self.extractor, self.device)
+        with self.watch.phase("FID"):
+            labels = {"FID-GT-1k": fid.distance(features, self.reference)}
+        if self.clip:
+            with self.watch.phase("CLIP score"):
+                labels[quant_cache.CLIP_SCORE] = float(self.clip.scores(images, self.prompts).mean())
+        return labels
+
+    @staticmethod
+    def keep(images, folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        images = list(generate(self.sampler, self.prompts, self.args, name, keep_bar=False))
         for index, image in enumerate(images):
-            save_png(image, folder / f"{index:05d}.png")
-        labels = {"FID-GT-1k": fid.distance(fid.folder_features(folder, self.extractor, self.device), self.reference)}
-        if self.clip:
-            labels[quant_cache.CLIP_SCORE] = float(self.clip.scores(images, self.prompts).mean())
-        if not self.args.keep_samples:
-            shutil.rmtree(folder)
-        return labels
+            if image is not None:
+                save_png(image, folder / f"{index:05d}.png")
 
 
 def measure_full_precision(labeller, path):
@@ -210,7 +262,8 @@ def label_configurations(labeller, args):
             start = time.monotonic()
             configuration = config.draw_random(labeller.slots, args.seed, index, args.a_l, args.a_u)
             rows.append(labeller.label(configuration, f"config_{index:03d}"))
-            quant_cache.save(rows, path)
+            with labeller.watch.phase("write"):
+                quant_cache.save(rows, path)
             progress.update()
             row = rows[-1]
             log.info(
@@ -227,7 +280,8 @@ def results_table(rows, full_precision):
     """Lines of a table: configuration, average bits, size, FID; best first."""
     yield f"{'configuration':<16}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}"
     numbered = [("full precision", full_precision)]
-    numbered += sorted(((str(n), row) for n, row in enumerate(rows, 1)), key=lambda pair: pair[1]["FID-GT-1k"])
+    order = sorted(enumerate(rows, 1), key=lambda pair: (math.isnan(pair[1]["FID-GT-1k"]), pair[1]["FID-GT-1k"]))
+    numbered += [(str(number), row) for number, row in order]
     for name, row in numbered:
         yield (
             f"{name:<16}{row['avg_bits']:>9.3f}{row['quantized_size'] / 1e6:>11.3f}"

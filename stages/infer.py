@@ -4,11 +4,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 
 from errors import InputError
 from evaluation.contact_sheet import contact_sheet
-from evaluation.images import generate, save_png
+from evaluation.images import generate, save_png, stack
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
@@ -42,7 +41,7 @@ def main(family):
     parts = modules.install(sampler.denoiser, family, slots)
     rows = []
     if not args.no_compare:
-        images = np.stack(list(generate(sampler, prompts, args, "full precision")))
+        images = stack(generate(sampler, prompts, args, "full precision"), "full precision")
         rows.append((f"full precision, {family.precision_bits} bits", images))
     config.apply(configuration, parts, slots, entries)
     if args.pack:
@@ -50,7 +49,7 @@ def main(family):
         log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(sampler.denoiser):,}")
     if args.quant_act:
         set_activation_bits(sampler.denoiser, args.act_bit)
-    images = np.stack(list(generate(sampler, prompts, args, "quantized")))
+    images = stack(generate(sampler, prompts, args, "quantized"), args.q_config)
     activations = f", activations {args.act_bit} bits" if args.quant_act else ""
     rows.append((f"{args.q_config}, {avg_bits:.2f} bits{activations}", images))
     for index, image in enumerate(images):

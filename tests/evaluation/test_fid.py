@@ -6,6 +6,7 @@ import pytest
 import torch
 from cleanfid import fid as clean_fid
 from conftest import ROOT
+from PIL import Image
 
 from errors import InputError
 from evaluation import fid
@@ -44,6 +45,28 @@ def test_equals_clean_fid(folders):
         verbose=False,
     )
     assert ours == pytest.approx(theirs, rel=1e-6) and ours > 1
+
+
+class Coarse:
+    """Takes 75 numbers of an image that clean-fid has resized to 299 x 299, in place of the Inception network."""
+
+    resize = None
+
+    @staticmethod
+    def model(batch):
+        return torch.nn.functional.adaptive_avg_pool2d(batch, 5).flatten(1)
+
+
+@pytest.mark.parametrize("extractor", [Coarse(), fid.DigitFeatures(CPU)], ids=["resized", "digits"])
+def test_features_in_memory_equal_those_of_files(folders, extractor):
+    """What clean-fid computes from the PNG files, without the files."""
+    files = fid.image_files(folders[0])
+    from_files = fid.folder_features(folders[0], extractor, CPU)
+    images = [np.asarray(Image.open(file)) for file in files]
+    in_memory = fid.image_features(images, extractor, CPU)
+    assert np.array_equal(in_memory, from_files)
+    reference = fid.statistics(fid.folder_features(folders[1], extractor, CPU))
+    assert fid.distance(in_memory, reference) == fid.distance(from_files, reference) > 1
 
 
 def test_by_hand():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from errors import InputError
 from evaluation.contact_sheet import contact_sheet
-from evaluation.images import generate, noise_generators
+from evaluation.images import generate, noise_generators, stack
 from models.families import FAMILIES
 from models.pipelines import load_sampler
 
@@ -71,6 +72,47 @@ def test_images_are_made_a_batch_at_a_time(sampler, monkeypatch):
     assert next(stream).tolist() == [[[128] * 3] * 4] * 4
     assert batches == [(prompts[:2], [7, 8], 3, 2.0, 64)]
     assert len(list(stream)) == 2 and batches[1:] == [(prompts[2:], [9], 3, 2.0, 64)]
+
+
+def settings(batch_size):
+    return Namespace(seed=7, steps=3, guidance=2.0, res=64, batch_size=batch_size)
+
+
+class Drawer:
+    """A sampler that draws each prompt's number, out of memory with more than `most` images at a time."""
+
+    def __init__(self, most, error=torch.OutOfMemoryError("CUDA out of memory")):
+        self.most, self.error = most, error
+
+    def images(self, prompts, generators, *_):
+        if len(prompts) > self.most:
+            raise self.error
+        return np.stack([np.full((2, 2, 3), prompt / 100, np.float32) for prompt in prompts])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_out_of_memory_halves_the_batch(error, caplog):
+    run = settings(8)
+    images = list(generate(Drawer(3, error), list(range(10)), run, "", keep_bar=False))
+    assert [image[0, 0, 0] for image in images] == [round(number * 2.55) for number in range(10)]
+    assert run.batch_size == 2 and caplog.text.count("out of memory: going on with") == 2
+
+
+def test_out_of_memory_with_one_image_ends_in_a_line():
+    with pytest.raises(InputError, match=r"one image at a time.*--res"):
+        list(generate(Drawer(0), [1, 2], settings(2), "", keep_bar=False))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(generate(Drawer(0, RuntimeError("shapes differ")), [1, 2], settings(2), "", keep_bar=False))
+
+
+def test_an_image_of_no_numbers_is_none():
+    images = list(generate(Drawer(9), [1, np.nan, 3], settings(3), "", keep_bar=False))
+    assert images[1] is None and images[0].shape == images[2].shape == (2, 2, 3)
+    with pytest.raises(InputError, match=r"mine: image 2 of 3"):
+        stack(images, "mine")
 
 
 def test_contact_sheet_holds_every_image():

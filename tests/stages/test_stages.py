@@ -1,6 +1,7 @@
 """The three stages on the embedded model, run as users run them."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -16,11 +17,13 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
+from evaluation import images as images_module
 from evaluation import quant_cache
 from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
 from stages import eval_random, infer, multiquantizer
+from stages.common import only_run_in
 
 EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
 
@@ -73,7 +76,10 @@ def test_what_stands_beside_the_cache(labels):
     assert whole["avg_bits"] == 16 and all(row["bops"] < whole["bops"] for row in rows)
     assert "configuration 3: avg_bits" in (labels / "run.log").read_text()
     assert (labels / "results.txt").read_text().count("\n") == 5
-    assert not list((labels / "samples").iterdir())
+    assert not (labels / "samples").exists()
+    table = (labels / "run.log").read_text().partition("where the time went")[2]
+    for phase in ("denoise", "decode", "features", "FID", "quantize", "write"):
+        assert re.search(rf"^{phase} .* s .*%$", table, re.MULTILINE), phase
 
 
 def test_killed_and_resumed_equals_undisturbed(labels, mq, tmp_path):
@@ -98,6 +104,34 @@ def test_more_configurations_go_on_from_the_old_ones(labels, mq, tmp_path, run_s
     assert run_script(eval_random, "dit", *flags, "--num_archs", 2)[0] == 0
     both = quant_cache.load(tmp_path / "quant_cache.pkl")
     assert both[:1] == first and both == quant_cache.load(labels / "quant_cache.pkl")[:2]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(mq, tmp_path, run_script):
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 1)
+    with only_run_in(tmp_path):
+        code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 2 and f"process {os.getpid()} on " in printed and not (tmp_path / "quant_cache.pkl").exists()
+    assert run_script(eval_random, "dit", *flags)[0] == 0  # the other is gone
+
+
+def test_images_of_no_numbers_are_labelled_so_and_the_run_goes_on(mq, tmp_path, run_script, monkeypatch):
+    """The second configuration's images are broken: its FID is NaN, the third is measured, and the run resumes."""
+    made = []
+
+    def generate(*args, **kwargs):
+        images = list(images_module.generate(*args, **kwargs))
+        made.append(args[3])
+        return [None, *images[1:]] if args[3] == "config_001" else images
+
+    monkeypatch.setattr(eval_random, "generate", generate)
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path)
+    code, printed = run_script(eval_random, "dit", *flags, "--num_archs", 3)
+    assert code == 0 and "config_001: 1 of 12 images have values that are not numbers" in printed
+    fids = [row["FID-GT-1k"] for row in quant_cache.load(tmp_path / "quant_cache.pkl")]
+    assert [np.isnan(fid) for fid in fids] == [False, True, False]
+    assert run_script(eval_random, "dit", *flags, "--num_archs", 4)[0] == 0
+    assert made == ["full_precision", "config_000", "config_001", "config_002", "config_003"]
+    assert (tmp_path / "results.txt").read_text().splitlines()[-1].startswith("2 ")  # last of the table
 
 
 def test_labels_of_another_multiquantizer_do_not_mix(labels, mq, tmp_path, run_script):
