@@ -54,7 +54,7 @@ def stack(images, name):
 
 
 def halve_batch(settings, reason):
-    """Take half the batch size from here on; `reason` is raised if it is not a lack of memory, or nothing is left to halve."""
+    """Take half the batch size from here on; raise `reason` if it is not a lack of memory."""
     lack_of_memory = isinstance(reason, torch.OutOfMemoryError) or "not enough memory" in str(reason)
     if not lack_of_memory:
         raise reason

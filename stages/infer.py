@@ -4,7 +4,6 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-
 from errors import InputError
 from evaluation.contact_sheet import contact_sheet
 from evaluation.images import generate, save_png, stack

@@ -81,8 +81,8 @@ def settings(batch_size):
 class Drawer:
     """A sampler that draws each prompt's number, out of memory with more than `most` images at a time."""
 
-    def __init__(self, most, error=torch.OutOfMemoryError("CUDA out of memory")):
-        self.most, self.error = most, error
+    def __init__(self, most, error=None):
+        self.most, self.error = most, error or torch.OutOfMemoryError("CUDA out of memory")
 
     def images(self, prompts, generators, *_):
         if len(prompts) > self.most:
