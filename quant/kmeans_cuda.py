@@ -1,4 +1,4 @@
-"""K-Means-C on a CUDA device: the same shortest paths as `quant/kmeans.py`, a warp for each channel.
+"""K-Means-C on a CUDA device: the same shortest paths as `quant/kmeans_cpu.py`, a warp for each channel.
 
 All channels of a layer are searched side by side, in Triton, each by one warp, whose threads try the successors of
 a boundary together. Rows are not merged to distinct values here; a row for which no path of k steps is best at any
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant import kmeans
+from quant import kmeans_cpu
 
 LANES = 32  # successors tried together: one warp
 STEPS_BACK = tl.constexpr(12)
@@ -30,7 +30,7 @@ def fit_per_channel(weight, sizes):
         bounds = bounds.where(~left[:, None], 0)
         table = moment.gather(1, bounds).diff(dim=1) / bounds.diff(dim=1) + center
         if left.any():
-            table[left] = kmeans.fit_sorted(rows[left].cpu().numpy(), [k])[0].to(table)
+            table[left] = kmeans_cpu.fit_sorted(rows[left].cpu().numpy(), [k])[0].to(table)
         tables.append(table)
     return tables
 
@@ -38,7 +38,7 @@ def fit_per_channel(weight, sizes):
 def _best_paths(x, moment, k, wanted):
     """Boundaries [C, k + 1] of the best path of k steps of each `wanted` row; UNFOUND first where there is none."""
     channels, n = x.shape
-    penalty = (kmeans.PENALTY * _estimated_penalty(x, k)).where(wanted, 0)
+    penalty = (kmeans_cpu.PENALTY * _estimated_penalty(x, k)).where(wanted, 0)
     cost = torch.empty_like(moment)
     start = torch.empty(moment.shape, dtype=torch.int32, device=x.device)
     bounds = torch.full((channels, k + 1), UNFOUND, dtype=torch.int64, device=x.device)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 
-from quant import kmeans
+from quant import kmeans, kmeans_cpu
 
 
 def squared_error(weight, centroids):
@@ -61,7 +61,7 @@ def test_equals_the_table(draw):
 def test_a_path_is_spliced_where_none_is_best():
     """At one penalty paths of one and of three steps over 0, 1 ... 5 are best: the one of two is made of both."""
     few, many = np.array([0, 6]), np.array([0, 2, 4, 6])
-    assert kmeans._splice(few, many, 2).tolist() == [0, 4, 6]
+    assert kmeans_cpu._splice(few, many, 2).tolist() == [0, 4, 6]
 
 
 def test_by_hand():
@@ -163,7 +163,7 @@ def test_ruled_out_boundaries_are_not_the_best_ones():
         x = values - values.mean()
         mass, moment = np.arange(len(x) + 1.0), np.r_[0, np.cumsum(x)]
         for k in (2, 5, 8):
-            merged = kmeans._possible_boundaries(x, mass, moment, k)
+            merged = kmeans_cpu._possible_boundaries(x, mass, moment, k)
             best = [least_cost(*prefixes, k) for prefixes in (merged, (x, mass, moment))]
             assert best[0] == pytest.approx(best[1], rel=1e-12), k
     assert len(merged[0]) < len(x) / 4  # many values: few boundaries are possible
@@ -172,5 +172,5 @@ def test_ruled_out_boundaries_are_not_the_best_ones():
 def least_cost(x, mass, moment, k):
     """Squared error, less the sum of squares, of the best k clusters."""
     cost, start = np.empty(len(x) + 1), np.empty(len(x) + 1, np.uint32)
-    bounds, _ = kmeans._best_path(x, mass, moment, k, 1.0, cost, start)
+    bounds, _ = kmeans_cpu._best_path(x, mass, moment, k, 1.0, cost, start)
     return -((np.diff(moment[bounds]) ** 2) / np.diff(mass[bounds])).sum()

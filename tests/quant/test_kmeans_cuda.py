@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 # A row of whole numbers ties, a constant row and one of three values have too few: these go to the CPU.
 CODE = """
 import torch
-from quant import kmeans, kmeans_cuda
+from quant import kmeans_cpu, kmeans_cuda
 generator = torch.Generator().manual_seed(0)
 rows = torch.randn({rows}, {width}, generator=generator) ** 3
 rows[0], rows[1], rows[2] = torch.arange({width}), 1.5, torch.arange({width}) % 3
 mine = kmeans_cuda.fit_per_channel(rows.to("{device}"), [8, 4])
-for table, expected in zip(mine, kmeans.fit_sorted(rows.sort(dim=1).values.numpy(), [8, 4]), strict=True):
+for table, expected in zip(mine, kmeans_cpu.fit_sorted(rows.sort(dim=1).values.numpy(), [8, 4]), strict=True):
     torch.testing.assert_close(table.cpu(), expected, rtol=1e-12, atol=1e-12)
 print("equal")
 """
