@@ -38,8 +38,9 @@ def measure(name, device):
         peak = peak_memory(device)
         with quiet_loading():
             denoiser.to(compute_dtype(family, device))
-        load_seconds = timed(device, lambda: multiquantizer.load(path, denoiser, family))
-        slots, entries = multiquantizer.load(path, denoiser, family)
+        loaded = []
+        load_seconds = timed(device, lambda: loaded.extend(multiquantizer.load(path, denoiser, family)))
+        slots, entries = loaded
         file_bytes = path.stat().st_size
     parts = modules.install(denoiser, family, slots)
     first = config.draw_random(slots, seed=0, index=0)

@@ -46,9 +46,8 @@ def build(denoiser, family, path, prefix=""):
     partial = Path(f"{path}.partial")
     entries = _resume(partial, family)
     keys = [key for key in free_keys(slots) if in_part(slots[key], prefix)]
-    methods.fit(
-        torch.eye(2, 4, dtype=family.dtype, device=denoiser.device)
-    )  # compiles the kernels, so that the time left is right from the start
+    # Compiles the kernels, so that the time left is right from the start.
+    methods.fit(torch.eye(2, 4, dtype=family.dtype, device=denoiser.device))
     try:
         _fit_slots(
             denoiser, family, {key: slots[key] for key in keys}, entries, lambda: save(entries, family, partial, prefix)
