@@ -1,6 +1,7 @@
 """Images from a sampler, each from its own noise."""
 
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,15 @@ from errors import InputError, first_line
 log = logging.getLogger("qua2sedimo")
 
 
+class Batch(NamedTuple):
+    """Images drawn together; those of which a value is not a number are named and are black."""
+
+    indices: range  # of their prompts
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    latents: torch.Tensor  # float32 [N, C, h, w]
+    broken: np.ndarray  # bool [N]
+
+
 def noise_generators(seed, indices, published_noise=False):
     """One CPU generator per image: seed + index, so noise depends on neither batch size nor device.
 
@@ -21,36 +31,37 @@ def noise_generators(seed, indices, published_noise=False):
 
 
 @torch.no_grad()
-def generate(sampler, prompts, settings, name, keep_bar=True):
-    """Yield an image (uint8 [H, W, 3]) of each of the prompts, or class numbers, a batch at a time.
+def generate_batches(sampler, prompts, settings, name, first=0, last=None, show=True):
+    """Yield the images of prompts, or class numbers, number `first` to `last`, a Batch at a time.
 
-    An image with values that are not numbers is None. `settings` has seed, steps, guidance, res, batch_size and,
-    if it likes, published_noise; where memory runs out its batch_size is halved for good.
+    `settings` has seed, steps, guidance, res, batch_size and, if it likes, published_noise; where memory runs out
+    its batch_size is halved for good.
     """
-    first = 0
-    with tqdm(total=len(prompts), desc=name, unit="img", leave=keep_bar) as progress:
-        while first < len(prompts):
-            batch = prompts[first : first + settings.batch_size]
-            indices = range(first, first + len(batch))
+    last = len(prompts) if last is None else last
+    with tqdm(total=last - first, desc=name, unit="img", leave=False, disable=not show) as progress:
+        while first < last:
+            indices = range(first, min(first + settings.batch_size, last))
             generators = noise_generators(settings.seed, indices, getattr(settings, "published_noise", False))
+            batch = prompts[indices.start : indices.stop]
             try:
-                images = sampler.images(batch, generators, settings.steps, settings.guidance, settings.res)
+                images, latents = sampler.draw(batch, generators, settings.steps, settings.guidance, settings.res)
             except (torch.OutOfMemoryError, RuntimeError) as reason:
                 halve_batch(settings, reason)
                 continue
-            for image in images:
-                yield (image * 255).round().astype(np.uint8) if np.isfinite(image).all() else None
-            first += len(batch)
-            progress.update(len(batch))
+            broken = ~np.isfinite(images).all(axis=(1, 2, 3))
+            images = (np.where(broken[:, None, None, None], 0, images) * 255).round().astype(np.uint8)
+            yield Batch(indices, images, latents, broken)
+            first = indices.stop
+            progress.update(len(indices))
 
 
-def stack(images, name):
-    """The images [N, H, W, 3]; InputError if one of them has values that are not numbers."""
-    images = list(images)
-    bad = [number for number, image in enumerate(images, start=1) if image is None]
-    if bad:
-        raise InputError(f"{name}: image {bad[0]} of {len(images)} has values that are not numbers; try other flags")
-    return np.stack(images)
+def generate(sampler, prompts, settings, name):
+    """The images (uint8 [N, H, W, 3]) of all prompts, or class numbers; InputError if a value of one is not a number."""
+    batches = list(generate_batches(sampler, prompts, settings, name))
+    bad = np.flatnonzero(np.concatenate([batch.broken for batch in batches]))
+    if len(bad):
+        raise InputError(f"{name}: image {bad[0] + 1} of {len(prompts)} has values that are not numbers; try other flags")
+    return np.concatenate([batch.images for batch in batches])
 
 
 def halve_batch(settings, reason):

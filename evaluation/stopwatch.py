@@ -36,6 +36,17 @@ class Stopwatch:
 
         return call
 
+    def take(self):
+        """Seconds by phase since the last `take`."""
+        self._book()
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    def add(self, seconds):
+        """Count seconds by phase that another watch has taken."""
+        for name, more in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + more
+
     def _book(self):
         """Count the time since the last call in the phase that has run meanwhile."""
         if self.device.type == "cuda":

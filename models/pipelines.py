@@ -23,6 +23,8 @@ SD1_FOLDER = Path(__file__).parent / "ldm" / "stable-diffusion-v1"
 SD1_CONFIG = SD1_FOLDER / "v1-5-pruned-emaonly"  # of a single file that has no folder of its own name beside it
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 INDEX = "model_index.json"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SHORTEST = 2  # steps that every pipeline samples with
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, SingleFileComponentError),
@@ -84,8 +86,28 @@ class Sampler:
         call = {prompt_argument(self.pipeline): prompts} | dict(self.family.call)
         return call | ({"height": resolution, "width": resolution} if self.takes_resolution else {})
 
+    def draw(self, prompts, generators, steps, guidance, resolution):
+        """Images (float [N, H, W, 3] in 0..1) of the prompts, or class numbers, a generator for each; their latents.
+
+        Latents are float32 [N, C, h, w] on the CPU, at the scale that the denoiser sees.
+        """
+        vae, taken = self.pipeline.vae, []
+        decode = vae.decode
+
+        def taking(latents, *args, **kwargs):
+            taken.append(latents)
+            return decode(latents, *args, **kwargs)
+
+        vae.decode = taking
+        try:
+            images = self.images(prompts, generators, steps, guidance, resolution)
+        finally:
+            vae.decode = decode
+        (latents,) = taken
+        return images, latents.float().cpu() * vae.config.scaling_factor
+
     def images(self, prompts, generators, steps, guidance, resolution):
-        """Images (float [N, H, W, 3] in 0..1) of the prompts, or class numbers, a generator for each."""
+        """The images of `draw` alone."""
         sampling = {"generator": generators, "num_inference_steps": steps, "guidance_scale": guidance}
         call = self.arguments(prompts, resolution) | sampling
         if self.refiner is None:
@@ -95,6 +117,16 @@ class Sampler:
         refined = self.refiner(prompt=prompts, image=latents, denoising_start=hand_over, output_type="np", **sampling)
         return refined.images
 
+    def encode(self, prompt, guidance, resolution):
+        """Take the pipelines through the encoding of one prompt as `images` would, and no further."""
+        call = self.arguments([prompt], resolution) | {"num_inference_steps": SHORTEST, "guidance_scale": guidance}
+        first_call(self.pipeline, self.denoiser, **call)
+        if self.refiner is not None:
+            unet = self.refiner.unet
+            latents = torch.zeros(1, unet.config.in_channels, 8, 8, device=unet.device, dtype=unet.dtype)
+            again = {"prompt": [prompt], "guidance_scale": guidance, "num_inference_steps": SHORTEST, "strength": 1.0}
+            first_call(self.refiner, unet, image=latents, **again)
+
     def denoiser_inputs(self, resolution):
         """What the denoiser is called with for one image without guidance, on the meta device: for shapes alone."""
         prompts = [0] if self.family.num_classes else ["a picture"]
@@ -102,19 +134,20 @@ class Sampler:
         return map_tensors(_shape_alone, first_call(self.pipeline, self.denoiser, **call))
 
 
-def load_sampler(family, model_id, device, refiner_id=None):
+def load_sampler(family, model_id, device, refiner_id=None, text_encoders=True):
     """The family's pipeline on `device`, weights in the family's precision, its sampler set.
 
-    `refiner_id` is a folder or Hub id of the refiner; None leaves it out. On the CPU the same weights
-    are computed with in float32, which is faster there.
+    `refiner_id` is a folder or Hub id of the refiner; None leaves it out. Without `text_encoders` it can draw
+    prompts that are encoded already (models/prompt_memo.py). On the CPU the same weights are computed with in
+    float32, which is faster there.
     """
-    pipeline = _load(family, family.pipeline, model_id)
+    pipeline = _load(family, family.pipeline, model_id, text_encoders)
     if family.scheduler:
         pipeline.scheduler = getattr(diffusers, family.scheduler).from_config(pipeline.scheduler.config)
     refiner = None
     if refiner_id is not None:
         shared = {"vae": pipeline.vae, "text_encoder_2": pipeline.text_encoder_2}
-        refiner = _load(family, family.refiner.pipeline, refiner_id, **shared)
+        refiner = _load(family, family.refiner.pipeline, refiner_id, text_encoders, **shared)
     for each in filter(None, (pipeline, refiner)):
         each.set_progress_bar_config(disable=True)
         with quiet_loading():
@@ -164,13 +197,16 @@ def meta_denoiser(denoiser):
         return type(denoiser).from_config(denoiser.config)
 
 
-def _load(family, class_name, model_id, **parts):
+def _load(family, class_name, model_id, text_encoders=True, **parts):
     pipeline_class = getattr(diffusers, class_name)
     with _explained(family, class_name, model_id):
         if is_single_file(model_id):
             return _load_single_file(family, pipeline_class, Path(model_id))
         folder = folder_of(family, model_id)
-        _check_class(family, model_id, _index_of(folder), class_name)
+        index = _index_of(folder)
+        _check_class(family, model_id, index, class_name)
+        if not text_encoders:
+            parts |= {name: None for name in TEXT_ENCODERS if name in index}
         return pipeline_class.from_pretrained(folder, dtype=family.dtype, **parts, **_variant(family, folder))
 
 

@@ -1,33 +1,32 @@
-"""Prompt embeddings, computed once per run: each prompt is encoded the first time a pipeline asks for it.
+"""Prompt embeddings, computed once per run: `encode_prompts` makes them and `PromptMemo` hands them out.
 
-A prompt is encoded by itself, so that its embedding does not depend on the batch that it comes in, and kept on
-disk, so that a run that goes on need not encode it again. Once all prompts are known, `release` lets the text
-encoders leave memory (T5-XXL alone has 4.7 G parameters).
+Each prompt is encoded by itself, so that its embedding does not depend on the batch that it comes in. The
+embeddings are kept on disk, so that a run that goes on, and every worker of it, samples without text encoders
+(T5-XXL alone has 4.7 G parameters).
 """
 
 import hashlib
 import inspect
 
 import torch
+from tqdm import tqdm
 
 from errors import InputError
+from models.pipelines import TEXT_ENCODERS
 from quant.storage import atomic_write, load_checkpoint
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class PromptMemo:
-    """Stands in for a pipeline's `encode_prompt` and remembers what it returned, at `path` too.
+    """Stands in for a pipeline's `encode_prompt` and remembers what it returned.
 
-    `key` says which model the embeddings are of: a file of another one is not used.
+    `known` are the embeddings of an earlier memo: {hash of prompt and arguments: [tensor or None, ...]}.
     """
 
-    def __init__(self, pipeline, path, key):
-        self.pipeline, self.path, self.key = pipeline, path, key
+    def __init__(self, pipeline, known=None):
+        self.pipeline = pipeline
         self.encode = pipeline.encode_prompt
         self.signature = inspect.signature(self.encode)
-        self.known = self._read()
-        self.changed = False
+        self.known = {} if known is None else known
         self.distinct = {}
         pipeline.encode_prompt = self
 
@@ -51,18 +50,11 @@ class PromptMemo:
                 raise RuntimeError(f"the text encoders are released and {prompt!r} was never encoded")
             tensors = self.encode(prompt=[prompt], **arguments)
             self.known[name] = [None if tensor is None else self._shared(tensor.cpu()) for tensor in tensors]
-            self.changed = True
         return self.known[name]
 
     def _shared(self, tensor):
         """One object for equal tensors: all prompts have the same negative one."""
         return self.distinct.setdefault(hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).digest(), tensor)
-
-    def save(self):
-        if self.changed:
-            with atomic_write(self.path) as file:
-                torch.save({"key": self.key, "embeddings": self.known}, file)
-            self.changed = False
 
     def release(self):
         """Let the text encoders go: from here on only known prompts can be drawn."""
@@ -74,11 +66,46 @@ class PromptMemo:
     def is_released(self):
         return all(getattr(self.pipeline, name, None) is None for name in TEXT_ENCODERS)
 
-    def _read(self):
-        if not self.path.exists():
-            return {}
-        try:
-            content = load_checkpoint(self.path)
-        except InputError:  # damaged: made anew
-            return {}
-        return content["embeddings"] if isinstance(content, dict) and content.get("key") == self.key else {}
+
+def has_prompts(pipeline):
+    return hasattr(pipeline, "encode_prompt")
+
+
+def remember(sampler, embeddings=None):
+    """Memos in place of the `encode_prompt` of each of the sampler's pipelines that has one.
+
+    `embeddings` is what `encode_prompts` returned: with it no text encoder is asked, nor kept.
+    """
+    pipelines = [pipeline for pipeline in sampler.pipelines if has_prompts(pipeline)]
+    memos = [PromptMemo(pipeline, embeddings and embeddings[place]) for place, pipeline in enumerate(pipelines)]
+    if embeddings is not None:
+        for memo in memos:
+            memo.release()
+    return memos
+
+
+def encode_prompts(sampler, prompts, guidance, resolution):
+    """The embeddings of all prompts, a dict per pipeline that has a text encoder; the encoders are released."""
+    memos = remember(sampler)
+    for prompt in tqdm(dict.fromkeys(prompts) if memos else (), desc="prompts", unit="prompt", leave=False):
+        sampler.encode(prompt, guidance, resolution)
+    for memo in memos:
+        memo.release()
+    return [memo.known for memo in memos]
+
+
+def save(embeddings, path, key):
+    """Write what `encode_prompts` returned; `key` says what it depends on: model, prompts, guidance."""
+    with atomic_write(path) as file:
+        torch.save({"key": key, "embeddings": embeddings}, file)
+
+
+def load(path, key):
+    """What `save` wrote under the same key; None if that is not there, or damaged."""
+    if not path.exists():
+        return None
+    try:
+        content = load_checkpoint(path)
+    except InputError:  # damaged: made anew
+        return None
+    return content["embeddings"] if isinstance(content, dict) and content.get("key") == key else None

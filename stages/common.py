@@ -82,9 +82,9 @@ def parse_sampling(parser, family, guidance="guidance"):
     return args
 
 
-def load_for(args, family, device):
+def load_for(args, family, device, text_encoders=True):
     """The sampler that the flags ask for; InputError if a flag is not for this model."""
-    sampler = load_sampler(family, args.model_id, device, getattr(args, "refiner_id", None))
+    sampler = load_sampler(family, args.model_id, device, getattr(args, "refiner_id", None), text_encoders)
     own = sampler.native_resolution
     if not sampler.takes_resolution and args.res not in (None, own):
         raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from errors import InputError
 from evaluation.contact_sheet import contact_sheet
-from evaluation.images import generate, save_png, stack
+from evaluation.images import generate, save_png
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
@@ -40,7 +40,7 @@ def main(family):
     parts = modules.install(sampler.denoiser, family, slots)
     rows = []
     if not args.no_compare:
-        images = stack(generate(sampler, prompts, args, "full precision"), "full precision")
+        images = generate(sampler, prompts, args, "full precision")
         rows.append((f"full precision, {family.precision_bits} bits", images))
     config.apply(configuration, parts, slots, entries)
     if args.pack:
@@ -48,7 +48,7 @@ def main(family):
         log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(sampler.denoiser):,}")
     if args.quant_act:
         set_activation_bits(sampler.denoiser, args.act_bit)
-    images = stack(generate(sampler, prompts, args, "quantized"), args.q_config)
+    images = generate(sampler, prompts, args, "quantized")
     activations = f", activations {args.act_bit} bits" if args.quant_act else ""
     rows.append((f"{args.q_config}, {avg_bits:.2f} bits{activations}", images))
     for index, image in enumerate(images):

@@ -46,7 +46,7 @@ def make_pictures(sampler, prompts, seed, guidance, batch_size=None):
     settings = argparse.Namespace(
         seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=batch_size or row.batch_size
     )
-    return np.stack(list(generate(sampler, prompts, settings, "pictures", keep_bar=False)))
+    return generate(sampler, prompts, settings, "pictures")
 
 
 class Judge:
@@ -63,8 +63,7 @@ class Judge:
 
     def judge(self, pictures, answers, originals):
         """FID, share that shows what was asked for, and mean squared change from the full-precision pictures."""
-        batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().split(256)
-        features = np.concatenate([self.extractor.model(batch).numpy() for batch in batches])
+        features = fid.image_features(pictures, self.extractor, torch.device("cpu"))
         change = (pictures.astype(np.float32) - originals) / 255
         return {
             "fid": round(fid.distance(features, self.reference), 3),

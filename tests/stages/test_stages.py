@@ -17,12 +17,11 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluation import images as images_module
-from evaluation import quant_cache
+from evaluation import images, quant_cache
 from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
-from stages import eval_random, infer, multiquantizer
+from stages import eval_random, infer, labeller, multiquantizer
 from stages.common import only_run_in
 
 EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
@@ -118,20 +117,30 @@ def test_images_of_no_numbers_are_labelled_so_and_the_run_goes_on(mq, tmp_path, 
     """The second configuration's images are broken: its FID is NaN, the third is measured, and the run resumes."""
     made = []
 
-    def generate(*args, **kwargs):
-        images = list(images_module.generate(*args, **kwargs))
+    def generate_batches(*args, **kwargs):
         made.append(args[3])
-        return [None, *images[1:]] if args[3] == "config_001" else images
+        for batch in images.generate_batches(*args, **kwargs):
+            yield batch._replace(broken=batch.broken | (args[3] == "config_001"))
 
-    monkeypatch.setattr(eval_random, "generate", generate)
+    monkeypatch.setattr(labeller, "generate_batches", generate_batches)
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path)
     code, printed = run_script(eval_random, "dit", *flags, "--num_archs", 3)
-    assert code == 0 and "config_001: 1 of 12 images have values that are not numbers" in printed
+    assert code == 0 and "config_001: 12 of 12 images have values that are not numbers" in printed
     fids = [row["FID-GT-1k"] for row in quant_cache.load(tmp_path / "quant_cache.pkl")]
     assert [np.isnan(fid) for fid in fids] == [False, True, False]
     assert run_script(eval_random, "dit", *flags, "--num_archs", 4)[0] == 0
     assert made == ["full_precision", "config_000", "config_001", "config_002", "config_003"]
     assert (tmp_path / "results.txt").read_text().splitlines()[-1].startswith("2 ")  # last of the table
+
+
+def test_a_broken_full_precision_ends_the_run(mq, tmp_path, run_script, monkeypatch):
+    def generate_batches(*args, **kwargs):
+        for batch in images.generate_batches(*args, **kwargs):
+            yield batch._replace(broken=~batch.broken)
+
+    monkeypatch.setattr(labeller, "generate_batches", generate_batches)
+    code, printed = run_script(eval_random, "dit", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 1)
+    assert code == 2 and "full precision draws images that have values that are not numbers" in printed
 
 
 def test_labels_of_another_multiquantizer_do_not_mix(labels, mq, tmp_path, run_script):
@@ -180,13 +189,13 @@ def test_infer(labels, mq, tmp_path, run_script):
     assert re.fullmatch(r"\d{4}(-\d\d){5}", folder.name)
     names = {path.name for path in folder.iterdir()}
     assert names == {"contact_sheet.png", "run.log", "sampling_config.yaml", "samples"}
-    images = [np.asarray(Image.open(path)) for path in sorted((folder / "samples").iterdir())]
-    assert len(images) == 3 and images[0].shape == (64, 64, 3)
+    pictures = [np.asarray(Image.open(path)) for path in sorted((folder / "samples").iterdir())]
+    assert len(pictures) == 3 and pictures[0].shape == (64, 64, 3)
     assert Image.open(folder / "contact_sheet.png").size[0] >= 3 * 128
 
     assert run_script(infer, "dit", *flags, "--cls_id", 4, 7, "--outdir", tmp_path / "b", "--pack", "--no_compare")[0] == 0
     (packed,) = (tmp_path / "b").iterdir()
-    for path, image in zip(sorted((packed / "samples").iterdir()), images, strict=True):
+    for path, image in zip(sorted((packed / "samples").iterdir()), pictures, strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), image)
     assert "weights packed" in (packed / "run.log").read_text()
 

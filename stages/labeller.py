@@ -1,0 +1,145 @@
+"""What one process measures configurations with: the quantizable model and all that judges its images."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from bops.bops import tera_bops
+from bops.macs import count_macs
+from evaluation import fid
+from evaluation.clip_score import ClipScore
+from evaluation.images import generate_batches
+from evaluation.proxies import paired
+from evaluation.stopwatch import Stopwatch
+from models.families import FAMILIES
+from models.pipelines import is_embedded, meta_denoiser
+from models.prompt_memo import encode_prompts, remember
+from quant import config, modules, multiquantizer
+from stages.common import load_for
+
+
+class Job(NamedTuple):
+    """A labelling run, as every worker of it is told."""
+
+    family_name: str
+    args: object  # the stage's flags
+    prompts: list  # or class numbers
+
+    @property
+    def family(self):
+        return FAMILIES[self.family_name]
+
+
+class Task(NamedTuple):
+    """Images number `first` to `last` of a configuration, the unit of work."""
+
+    index: int | None  # of the configuration; None is full precision
+    first: int
+    last: int
+
+    @property
+    def name(self):
+        return name_of(self.index)
+
+    @property
+    def count(self):
+        return self.last - self.first
+
+
+def name_of(index):
+    return "full_precision" if index is None else f"config_{index:03d}"
+
+
+def make_extractor(job, device):
+    """What turns images into the features that FID compares."""
+    return (fid.DigitFeatures if is_embedded(job.family, job.args.model_id) else fid.InceptionFeatures)(device)
+
+
+def encode(job, device):
+    """The job's prompt embeddings, by a pipeline that is loaded for nothing else."""
+    return encode_prompts(load_for(job.args, job.family, device), job.prompts, job.args.guidance, job.args.res)
+
+
+class Labeller:
+    """Measures configurations of a job; `embeddings` are its prompts', if they are known already."""
+
+    def __init__(self, job, device, embeddings=None, extractor=None):
+        self.args, self.family, self.prompts, self.device = job.args, job.family, job.prompts, device
+        self.extractor = extractor or make_extractor(job, device)
+        self.clip = ClipScore(self.args.clip_model, device) if self.args.clip_score else None
+        self.watch = Stopwatch(device)
+        self.sampler = load_for(self.args, self.family, device, text_encoders=embeddings is None)
+        denoiser = self.sampler.denoiser
+        self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
+        self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
+        self.parts = modules.install(denoiser, self.family, self.slots)
+        self.embeddings = self._know_prompts(embeddings)
+        vae = self.sampler.pipeline.vae
+        vae.decode = self.watch.timed("decode", vae.decode)
+
+    def _know_prompts(self, embeddings):
+        if embeddings is not None:
+            remember(self.sampler, embeddings)
+            return embeddings
+        with self.watch.phase("encode"):
+            return encode_prompts(self.sampler, self.prompts, self.args.guidance, self.args.res)
+
+    def configuration(self, index):
+        return config.draw_random(self.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
+
+    def describe(self, indices):
+        """The rows of configurations without what their images tell."""
+        return [self._describe(index) for index in indices]
+
+    def _describe(self, index):
+        precision_bits = self.family.precision_bits
+        if index is None:
+            description = config.describe_full_precision(self.slots, precision_bits)
+        else:
+            description = config.describe(self.configuration(index), self.slots, self.entries, precision_bits)
+        return {
+            "quantized_size": config.quantized_size(description),
+            "avg_bits": config.avg_bits(description, precision_bits),
+            "quantized_error": float(sum(row[3] for row in description.values())),
+            "bops": tera_bops(self.macs, self.slots, {key: row[0] for key, row in description.items()}),
+            "config": description,
+        }
+
+    def measure(self, task, baseline=None):
+        """({name: array [N, ...]}, {phase: seconds}) of the task's N images.
+
+        `features` [N, F] are not numbers where an image is not; with a `baseline`, also the proxies of it; with
+        --clip_score `clip_score` [N]; without a baseline, and with --keep_samples, the `images`, and `latents`.
+        """
+        with self.watch.phase("quantize"):
+            self.put(task.index)
+        # Images are judged while the next ones are made.
+        with ThreadPoolExecutor(max_workers=1) as judge, self.watch.phase("denoise"):
+            batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
+            judged = [judge.submit(self.judge, batch, baseline) for batch in batches]
+            with self.watch.phase("features"):
+                judged = [each.result() for each in judged]
+        return {name: np.concatenate([each[name] for each in judged]) for name in judged[0]}, self.watch.take()
+
+    def put(self, index):
+        if index is None:
+            config.restore(self.parts)
+        else:
+            config.apply(self.configuration(index), self.parts, self.slots, self.entries)
+
+    def judge(self, batch, baseline):
+        """{name: array [N, ...]} of a batch of images, as `measure` has it."""
+        features = fid.image_features(batch.images, self.extractor, self.device)
+        judged = {"features": np.where(batch.broken[:, None], np.nan, features)}
+        chosen = slice(batch.indices.start, batch.indices.stop)
+        if baseline is not None:
+            originals = (np.array(each[chosen]) for each in (baseline.images, baseline.latents))
+            judged |= paired(batch.images, batch.latents, *originals, self.device)
+        if self.clip:
+            judged["clip_score"] = self.clip.scores(batch.images, self.prompts[chosen])
+        if baseline is None or self.args.keep_samples:
+            judged["images"] = batch.images
+        if baseline is None:
+            judged["latents"] = batch.latents.numpy()
+        return judged

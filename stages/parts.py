@@ -1,0 +1,47 @@
+"""What has been measured of configurations in work: a file per task, so that nothing measured is lost.
+
+The parts of a configuration are dropped once its row is in `quant_cache.pkl`.
+"""
+
+import contextlib
+import zipfile
+import zlib
+
+import numpy as np
+
+from quant.storage import atomic_write
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class Parts:
+    """The results of tasks, {name: array [images of the task, ...]} each, in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def path(self, task):
+        return self.folder / f"{task.name}_{task.first:05d}-{task.last:05d}.npz"
+
+    def save(self, task, arrays):
+        with atomic_write(self.path(task)) as file:
+            np.savez(file, **arrays)
+
+    def load(self, task):
+        """What was saved; None if nothing was, or it is damaged."""
+        with contextlib.suppress(*DAMAGED), np.load(self.path(task), allow_pickle=False) as stored:
+            arrays = dict(stored)
+            if "features" in arrays and all(len(array) == task.count for array in arrays.values()):
+                return arrays
+        return None
+
+    def load_all(self, tasks):
+        """The arrays of several tasks, one after another."""
+        loaded = [self.load(task) for task in tasks]
+        return {name: np.concatenate([arrays[name] for arrays in loaded]) for name in loaded[0]}
+
+    def drop(self, tasks):
+        for task in tasks:
+            self.path(task).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are left
+            self.folder.rmdir()
