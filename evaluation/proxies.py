@@ -9,6 +9,7 @@ import torch
 
 PSNR_CAP = 100.0  # dB, of equal images
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
+WINDOW_REACH = 5  # pixels on each side of its middle
 PER_IMAGE = ("latent_mse", "image_mse", "psnr", "ssim")
 
 
@@ -40,8 +41,10 @@ def _row_means(values):
 
 
 def _ssim(ours, theirs):
+    """Of the luminance, where the window of 11 x 11 pixels lies inside the image, as in the paper's program."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # imported late: it takes seconds
 
     weights = torch.tensor(LUMINANCE, device=ours.device).view(1, 3, 1, 1)
     gray = [(each * weights).sum(dim=1, keepdim=True) for each in (ours, theirs)]
-    return structural_similarity_index_measure(*gray, data_range=1.0, reduction="none").double().flatten().cpu().numpy()
+    _, places = structural_similarity_index_measure(*gray, data_range=1.0, reduction="none", return_full_image=True)
+    return _row_means(places[..., WINDOW_REACH:-WINDOW_REACH, WINDOW_REACH:-WINDOW_REACH])

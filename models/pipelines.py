@@ -24,6 +24,7 @@ SD1_CONFIG = SD1_FOLDER / "v1-5-pruned-emaonly"  # of a single file that has no 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 INDEX = "model_index.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ANY_PROMPT = "a picture"  # where only shapes matter
 SHORTEST = 2  # steps that every pipeline samples with
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError),
@@ -129,7 +130,7 @@ class Sampler:
 
     def denoiser_inputs(self, resolution):
         """What the denoiser is called with for one image without guidance, on the meta device: for shapes alone."""
-        prompts = [0] if self.family.num_classes else ["a picture"]
+        prompts = [0] if self.family.num_classes else [ANY_PROMPT]
         call = self.arguments(prompts, resolution) | {"num_inference_steps": 1, "guidance_scale": 1.0}
         return map_tensors(_shape_alone, first_call(self.pipeline, self.denoiser, **call))
 

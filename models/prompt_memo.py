@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from models.pipelines import TEXT_ENCODERS
+from models.pipelines import ANY_PROMPT, TEXT_ENCODERS
 from quant.storage import atomic_write, load_checkpoint
 
 
@@ -85,8 +85,13 @@ def remember(sampler, embeddings=None):
 
 
 def encode_prompts(sampler, prompts, guidance, resolution):
-    """The embeddings of all prompts, a dict per pipeline that has a text encoder; the encoders are released."""
+    """The embeddings of all prompts, a dict per pipeline that has a text encoder; the encoders are released.
+
+    With them all that `Sampler.images` and `Sampler.denoiser_inputs` ask for is known.
+    """
     memos = remember(sampler)
+    if memos:
+        sampler.encode(ANY_PROMPT, 1.0, resolution)
     for prompt in tqdm(dict.fromkeys(prompts) if memos else (), desc="prompts", unit="prompt", leave=False):
         sampler.encode(prompt, guidance, resolution)
     for memo in memos:

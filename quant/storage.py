@@ -11,13 +11,15 @@ import torch
 
 from errors import InputError, first_line
 
+TEMPORARY = ".tmp"
+
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that takes the place of `path` once written and synced, or not at all."""
+    """A binary file that takes the place of `path` once written and synced, or not at all: InputError, naming it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -25,9 +27,17 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as reason:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(reason, OSError):
+            raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there before is kept") from None
         raise
+
+
+def remove_leftovers(folder):
+    """Delete what writers that were killed have left below `folder`, where nothing else is writing."""
+    for path in Path(folder).rglob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def _umask():

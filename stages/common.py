@@ -175,6 +175,7 @@ def start_log(folder):
         handler.setFormatter(formatter)
         log.addHandler(handler)
     log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
 
 
 def save_settings(args, path):
@@ -185,11 +186,16 @@ def save_settings(args, path):
 
 
 def run_stage(stage, family_name):
-    """Run a stage's `main`; bad input ends with one line and exit code 2, Ctrl-C with 130."""
+    """Run a stage's `main` for a family as `run_main` has it."""
+    run_main(lambda: stage(FAMILIES[family_name]))
+
+
+def run_main(main):
+    """Run a script; bad input ends with one line and exit code 2, Ctrl-C with 130."""
     warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
     start = time.monotonic()
     try:
-        stage(FAMILIES[family_name])
+        main()
     except (InputError, OSError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import defaults, is_embedded, pick_device
 from quant import multiquantizer
+from quant.storage import remove_leftovers
 from stages import halving
 from stages.common import (
     add_sampling_flags,
@@ -62,6 +63,7 @@ def main(family):
     args.prompts_key = prompts.key(image_prompts)
     args.halving_key = f"{args.budget_images} of {args.num_archs}" if args.budget_images else None
     with only_run_in(args.outdir):
+        remove_leftovers(args.outdir)
         run(family, args, device, image_prompts)
 
 

@@ -72,9 +72,9 @@ class Labeller:
         self.sampler = load_for(self.args, self.family, device, text_encoders=embeddings is None)
         denoiser = self.sampler.denoiser
         self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
+        self.embeddings = self._know_prompts(embeddings)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
         self.parts = modules.install(denoiser, self.family, self.slots)
-        self.embeddings = self._know_prompts(embeddings)
         vae = self.sampler.pipeline.vae
         vae.decode = self.watch.timed("decode", vae.decode)
 

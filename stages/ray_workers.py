@@ -9,6 +9,7 @@ import collections
 import contextlib
 import logging
 import os
+import socket
 
 import ray
 import torch
@@ -207,12 +208,13 @@ def connect(args):
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        check_reachable(args.ray_address)
         if args.ray_address is None:
             cores = max(args.workers, os.cpu_count())
             ray.init("local", num_cpus=cores, include_dashboard=False, **settings)
         else:
             ray.init(args.ray_address, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as reason:
+    except (OSError, ValueError, RuntimeError) as reason:
         raise InputError(f"--ray_address {args.ray_address}: no cluster there ({first_line(reason)})") from None
     there = ray.cluster_resources()
     device = "cuda" if there.get("GPU") and args.device != "cpu" else "cpu"
@@ -224,3 +226,10 @@ def connect(args):
         ray.shutdown()
         raise InputError(f"--workers {args.workers}: there is one for each GPU, and this machine has {most}")
     return device, args.workers or most
+
+
+def check_reachable(address):
+    """OSError where nobody listens at `host:port`: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()

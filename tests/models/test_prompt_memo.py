@@ -8,7 +8,7 @@ import torch
 
 from models import prompt_memo
 from models.families import FAMILIES
-from models.pipelines import load_sampler, refiner_of
+from models.pipelines import ANY_PROMPT, load_sampler, refiner_of
 
 PROMPTS = ["a red seven on a blue background", "a handwritten 3, black on white", "a red seven on a blue background"]
 TEXT_FAMILIES = [name for name, family in FAMILIES.items() if not family.num_classes]
@@ -39,6 +39,11 @@ def test_images_are_the_same_without_text_encoders(name, tmp_path):
     assert all(getattr(pipeline, "text_encoder", None) is None for pipeline in again.pipelines)
     prompt_memo.remember(again, prompt_memo.load(tmp_path / "prompts.pt", "model"))
     assert np.array_equal(draw(again), first)
+    shapes = [
+        {name: value.shape for name, value in each.denoiser_inputs(64).items() if torch.is_tensor(value)}
+        for each in (again, loaded(name))
+    ]
+    assert shapes[0] == shapes[1] and shapes[0]
 
 
 def test_each_prompt_is_encoded_once(monkeypatch):
@@ -55,7 +60,7 @@ def test_each_prompt_is_encoded_once(monkeypatch):
     prompt_memo.encode_prompts(sampler, PROMPTS, 2.0, 64)
     draw(sampler)
     draw(sampler)
-    assert asked == [[PROMPTS[0]], [PROMPTS[1]]]
+    assert asked == [[ANY_PROMPT], [PROMPTS[0]], [PROMPTS[1]]]
 
 
 def test_a_new_prompt_after_release_is_refused():

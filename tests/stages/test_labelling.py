@@ -1,0 +1,159 @@
+"""Labelling runs: tasks, proxies, faults, successive halving, workers."""
+
+import json
+import math
+import resource
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import structural_similarity
+from test_stages import EVAL, labels, mq, script  # noqa: F401
+
+from errors import InputError
+from evaluation import jsonl, quant_cache
+from stages import eval_random, halving, labeller
+from stages.labeller import Task
+from stages.parts import Parts
+
+TASKS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2)  # three tasks per configuration
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The tasks that are measured, as they come."""
+    tasks = []
+    measure = labeller.Labeller.measure
+
+    def counted(self, task, baseline=None):
+        tasks.append(task)
+        return measure(self, task, baseline)
+
+    monkeypatch.setattr(labeller.Labeller, "measure", counted)
+    return tasks
+
+
+def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):  # noqa: F811
+    """Worked out again from the PNG files by other code."""
+    flags = (*TASKS, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 2, "--keep_samples")
+    assert run_script(eval_random, "dit", *flags)[0] == 0
+    names = ("full_precision", "config_000", "config_001")
+    pictures = [[np.asarray(Image.open(file)) for file in sorted((tmp_path / "samples" / name).iterdir())] for name in names]
+    originals, *configurations = (np.stack(each) / 255 for each in pictures)
+    lines = jsonl.load(tmp_path / "quant_proxies.jsonl")
+    assert [(line["row"], line["configuration"], line["images"]) for line in lines] == [(1, 1, 12), (2, 2, 12)]
+    for line, images in zip(lines, configurations, strict=True):
+        mse = ((images - originals) ** 2).mean(axis=(1, 2, 3))
+        assert line["image_mse"] == pytest.approx(mse.mean(), rel=1e-4)
+        assert line["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-4)
+        grays = zip(images @ [0.299, 0.587, 0.114], originals @ [0.299, 0.587, 0.114], strict=True)
+        options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        ssim = np.mean([structural_similarity(*pair, **options) for pair in grays])
+        assert line["ssim"] == pytest.approx(ssim, abs=1e-4)
+        assert line["latent_mse"] > 0 and line["feature_mse"] > 0
+    kept = np.load(tmp_path / "full_precision" / "images.npy")
+    assert np.array_equal(kept, np.stack(pictures[0]))
+
+
+def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):  # noqa: F811
+    """A run cut off between tasks goes on from the parts; a damaged or foreign one is measured again."""
+    flags = (*TASKS, "--multi_chkpt", mq, "--num_archs", 1)
+    assert run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "whole")[0] == 0
+    everything = [Task(index, first, first + 4) for index in (None, 0) for first in (0, 4, 8)]
+    assert measured == everything
+    parts, measure = Parts(tmp_path / "cut" / "parts"), labeller.Labeller.measure
+
+    def cut(self, task, baseline=None):
+        if task == Task(0, 8, 12):
+            raise KeyboardInterrupt
+        return measure(self, task, baseline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labeller.Labeller, "measure", cut)
+        code, printed = run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "cut")
+    assert code == 130 and "the same command goes on" in printed and "where the time went" in printed
+    parts.path(Task(0, 0, 4)).write_bytes(parts.path(Task(0, 0, 4)).read_bytes()[:-50])
+    measured.clear()
+    assert run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "cut")[0] == 0
+    assert measured == [Task(0, 0, 4), Task(0, 8, 12)]
+    for name in ("quant_cache.pkl", "quant_proxies.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not parts.folder.exists()
+
+
+def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_script, measured):  # noqa: F811
+    folder = tmp_path / "labels"
+    shutil.copytree(labels, folder)
+    (folder / "full_precision" / "latents.npy").write_bytes(b"")
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+    assert run_script(eval_random, "dit", *flags)[0] == 0
+    assert measured == [Task(None, 0, 12)]
+    for name in ("latents.npy", "images.npy", "features.npy"):
+        assert (folder / "full_precision" / name).read_bytes() == (labels / "full_precision" / name).read_bytes()
+
+
+def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path):  # noqa: F811
+    """Files may not grow over 100 kB: full precision's pictures do not fit."""
+    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+    done = subprocess.run(command, capture_output=True, text=True, **limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("error:") and "parts/full_precision" in message and "cannot be written" in message
+    subprocess.run(command, capture_output=True, check=True)
+    assert (tmp_path / "quant_cache.pkl").read_bytes() == (labels / "quant_cache.pkl").read_bytes()
+
+
+def test_parts_of_another_length_are_not_used(tmp_path):
+    parts, task = Parts(tmp_path), Task(7, 4, 8)
+    parts.save(task, {"features": np.zeros((4, 3)), "ssim": np.ones(4)})
+    assert set(parts.load(task)) == {"features", "ssim"} and parts.load(Task(7, 0, 4)) is None
+    parts.save(task, {"features": np.zeros((3, 3)), "ssim": np.ones(3)})
+    assert parts.load(task) is None
+
+
+def test_halving_measures_the_better_ones_further(labels, mq, tmp_path, run_script, measured):  # noqa: F811
+    """Of six configurations on 4 images two go on to all 12; their rows are those of a run of all."""
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 6, "--budget_images", 4, "--batch_size", 1)
+    code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 0 and "2 of 6 configurations go on from 4 images to 12" in printed
+    lines = jsonl.load(tmp_path / "quant_labels_partial.jsonl")
+    assert [(line["configuration"], line["images"]) for line in lines] == [(number, 4) for number in range(1, 7)]
+    better = sorted(sorted(range(6), key=lambda index: lines[index]["FID"])[:2])
+    assert [task for task in measured if task.index is not None] == [
+        *(Task(index, 0, 4) for index in range(6)),
+        *(Task(index, first, first + 4) for index in better for first in (4, 8)),
+    ]
+    rows = quant_cache.load(tmp_path / "quant_cache.pkl")
+    assert [line["configuration"] - 1 for line in jsonl.load(tmp_path / "quant_proxies.jsonl")] == better
+    whole = tmp_path / "whole"
+    assert run_script(eval_random, "dit", *flags[:-4], "--batch_size", 1, "--outdir", whole)[0] == 0
+    everything = quant_cache.load(whole / "quant_cache.pkl")
+    assert rows == [everything[index] for index in better]
+    # Started again nothing is measured; another schedule is refused.
+    measured.clear()
+    assert run_script(eval_random, "dit", *flags)[0] == 0 and measured == []
+    code, printed = run_script(eval_random, "dit", *flags, "--num_archs", 7)
+    assert code == 2 and "halving_key [4] of 6, not [4] of 7" in printed
+
+
+@pytest.mark.parametrize("schedule", [[12], [4, 4], [6, 4], [4, 20]])
+def test_halving_schedules_that_do_not_grow(schedule):
+    with pytest.raises(InputError, match="must grow"):
+        halving.check(SimpleNamespace(budget_images=schedule, n_imgs=12))
+
+
+def test_what_is_no_number_ranks_last():
+    assert sorted([math.nan, 2.0, None, 1.0], key=halving.rank)[:2] == [1.0, 2.0]
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert jsonl.load(path) == []
+    jsonl.save([{"a": 1.5, "b": math.nan}, {"a": 2}], path)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1.5, "b": None}, {"a": 2}]
+    path.write_bytes(path.read_bytes() + b'{"a": 3')
+    assert jsonl.load(path) == [{"a": 1.5, "b": None}, {"a": 2}]

@@ -1,0 +1,70 @@
+"""Workers by Ray: the same labels whatever their number, errors in one line. Dying workers: tests/stages/test_kills.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_stages import mq, script  # noqa: F401
+
+from stages import eval_random
+from stages.labeller import Task
+
+FLAGS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2, "--num_archs", 2)
+
+
+@pytest.mark.parametrize("family", ["dit", "sdv15"])
+def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):  # noqa: F811
+    """Four workers share two configurations of three tasks each."""
+    if family != "dit":
+        mq = tmp_path / "mq.pt"
+        command = script(f"{family}_multiquantizer.py", "--model_id", "embedded", "--output", mq)
+        subprocess.run(command, capture_output=True, check=True)
+    results = []
+    for workers in (1, 2, 4) if family == "dit" else (1, 2):
+        folder = tmp_path / str(workers)
+        command = script(f"{family}_eval_random.py", *FLAGS, "--multi_chkpt", mq, "--outdir", folder, "--workers", workers)
+        subprocess.run(command, capture_output=True, check=True)
+        results.append([(folder / name).read_bytes() for name in ("quant_cache.pkl", "quant_proxies.jsonl")])
+        log = (folder / "run.log").read_text()
+        assert f"{workers} workers, each on one thread of a CPU" in log and "where the time went" in log
+    assert all(result == results[0] for result in results)
+
+
+def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):  # noqa: F811
+    flags = (*FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 1, "--steps", 2000)
+    code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 2 and printed.strip().splitlines()[-1].startswith("error: --steps 2000: embedded has 1000 noise levels")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--workers", 1, "--device", "cuda:1"), "--device cuda:1: "),
+        (("--ray_address", "127.0.0.1:1"), "--ray_address 127.0.0.1:1: no cluster there"),
+    ],
+)
+def test_flags_that_do_not_fit(tmp_path, run_script, mq, monkeypatch, flags, message):  # noqa: F811
+    monkeypatch.setattr(eval_random, "pick_device", lambda name: torch.device("cpu"))
+    code, printed = run_script(eval_random, "dit", *FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, *flags)
+    assert code == 2 and message in printed and "Traceback" not in printed
+
+
+def test_without_ray(tmp_path, run_script, mq, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "stages.ray_workers", raising=False)
+    code, printed = run_script(eval_random, "dit", *FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 2)
+    assert code == 2 and "need Ray: pip install -e '.[distributed]'" in printed
+
+
+def test_tasks_are_given_out_configuration_by_configuration():
+    from stages.ray_workers import TasksLeft
+
+    tasks = [Task(index, first, first + 4) for index in (0, 1) for first in (0, 4, 8)]
+    left = TasksLeft(tasks)
+    assert left.take(-1) == tasks[0]
+    assert left.take(-1) == tasks[3]  # another worker begins the next configuration
+    assert left.take(0) == tasks[1] and left.take(1) == tasks[4]
+    assert left.take(-1) == tasks[2]  # a third helps out
+    left.put_back([tasks[0], tasks[1]])  # the first died
+    assert [left.take(0) for _ in range(2)] == tasks[:2] and left.take(0) == tasks[5] and not left
