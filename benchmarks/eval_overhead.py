@@ -1,0 +1,137 @@
+"""What labelling costs beside the denoiser, and against the published loop: `python -m benchmarks.eval_overhead`.
+
+Both label full precision and the same random configurations of an embedded model, on the same prompts and noise, one
+after the other. The published loop draws images one by one, encodes each prompt each time, writes PNG files, and has
+clean-fid read them and the whole reference set again for every configuration. Loading the model counts for neither.
+Then Ray's workers label the configurations. Writes benchmarks/results/eval_overhead_<machine>.json.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from cleanfid import fid as clean_fid
+from tqdm import tqdm
+
+from benchmarks.machine import write_result
+from evaluation import fid
+from evaluation.images import noise_generators, save_png
+from evaluation.stopwatch import Stopwatch
+from models.families import FAMILIES
+from models.pipelines import load_denoiser, pick_device
+from quant import config, modules, multiquantizer
+from stages.common import load_for
+from stages.eval_random import prompts_for
+from stages.labeller import Job, make_extractor
+from stages.labelling import Labelling
+from stages.workers import StoredPrompts, ThisProcess, start_workers
+
+
+def job_of(args, folder):
+    """The labelling run that `<family>_eval_random.py --model_id embedded` makes of these flags."""
+    family = FAMILIES[args.family]
+    row = family.embedded
+    flags = argparse.Namespace(
+        **{"model_id": "embedded", "refiner_id": None, "outdir": folder / "labels", "multi_chkpt": folder / "mq.pt"},
+        **{"seed": 42, "num_archs": args.num_archs, "n_imgs": args.n_imgs, "batch_size": args.batch_size},
+        **{"steps": row.steps, "guidance": row.label_guidance, "res": None if family.num_classes else row.resolution},
+        **{"a_l": 0.0, "a_u": 1.0, "published_noise": False, "keep_samples": False, "clip_score": False},
+        **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None},
+    )
+    return Job(args.family, flags, prompts_for(flags, family))
+
+
+def label_ours(job, device, reference):
+    """FIDs of full precision and the configurations; all seconds, and those of the denoiser among them."""
+    workers = ThisProcess(job, device, make_extractor(job, device), StoredPrompts(job))
+    denoiser, watch = workers.labeller.sampler.denoiser, Stopwatch(device)
+    encoding = workers.labeller.watch.take().get("encode", 0.0)
+    denoiser.forward = workers.labeller.watch.timed("denoiser", denoiser.forward)
+    start = time.perf_counter()
+    labelling = Labelling(job, workers, reference, watch)
+    fids = [labelling.measure_full_precision()["FID-GT-1k"]]
+    fids += [row["FID-GT-1k"] for row in labelling.label(list(labelling.indices))]
+    return fids, encoding + time.perf_counter() - start, watch.seconds["denoiser"]
+
+
+def label_as_published(job, device, folder):
+    """FIDs of full precision and the configurations, and all seconds, by the published loop."""
+    args, family = job.args, job.family
+    sampler = load_for(args, family, device)
+    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
+    parts = modules.install(sampler.denoiser, family, slots)
+    extractor, fids = make_extractor(job, device), []
+    folder.mkdir()
+    start = time.perf_counter()
+    for index in (None, *range(args.num_archs)):
+        if index is not None:
+            config.apply(config.draw_random(slots, args.seed, index), parts, slots, entries)
+        for number, prompt in enumerate(tqdm(job.prompts, desc="published loop", unit="img", leave=False)):
+            generators = noise_generators(args.seed, [number])
+            (image,) = sampler.images([prompt], generators, args.steps, args.guidance, args.res)
+            save_png((image * 255).round().astype("uint8"), folder / f"{number:05d}.png")
+        options = {"mode": "clean", "device": device, "custom_fn_resize": extractor.resize, "verbose": False}
+        reference = str(fid.digit_reference_folder())
+        fids.append(clean_fid.compare_folders(str(folder), reference, extractor.model, num_workers=0, **options))
+    return fids, time.perf_counter() - start
+
+
+def label_by_workers(job, device, reference, count):
+    """Seconds in which so many workers, once started, label the configurations; the bytes of their labels."""
+    args = argparse.Namespace(**vars(job.args) | {"workers": count, "outdir": job.args.outdir.with_name(f"labels_{count}")})
+    job, watch = job._replace(args=args), Stopwatch(device)
+    with start_workers(job, device, make_extractor(job, device), watch) as workers:
+        labelling = Labelling(job, workers, reference, watch)
+        labelling.measure_full_precision()
+        start = time.perf_counter()
+        labelling.label(list(labelling.indices))
+        return time.perf_counter() - start, labelling.cache_path.read_bytes()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--family", choices=list(FAMILIES), default="pixart_alpha")
+    parser.add_argument("--num_archs", type=int, default=3)
+    parser.add_argument("--n_imgs", type=int, default=96)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of Ray workers to compare")
+    parser.add_argument("--device")
+    parser.add_argument("--machine", default="cpu", help="last part of the result's name")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        job = job_of(args, Path(temporary))
+        denoiser = load_denoiser(job.family, "embedded", device)
+        multiquantizer.build(denoiser, job.family, job.args.multi_chkpt)
+        reference = fid.reference_statistics(fid.digit_reference_folder(), make_extractor(job, device), device)
+        ours, seconds, in_denoiser = label_ours(job, device, reference)
+        published, published_seconds = label_as_published(job, device, Path(temporary) / "png")
+        by_workers = {count: label_by_workers(job, device, reference, count) for count in args.workers}
+    images = args.n_imgs * (args.num_archs + 1)
+    result = {
+        "family": args.family,
+        "images": images,
+        "batch_size": args.batch_size,
+        "seconds": round(seconds, 2),
+        "seconds_published": round(published_seconds, 2),
+        "speedup_vs_published": round(published_seconds / seconds, 2),
+        "share_outside_denoiser": round(1 - in_denoiser / seconds, 4),
+        "seconds_by_workers": {count: round(seconds, 2) for count, (seconds, _) in by_workers.items()},
+        "fids": [round(value, 4) for value in ours],
+        "fids_published": [round(value, 4) for value in published],
+    }
+    print(f"{'':<12}{'seconds':>10}{'images/s':>10}   FID of full precision and each configuration")
+    for name, time_s, fids in (("ours", seconds, ours), ("published", published_seconds, published)):
+        print(f"{name:<12}{time_s:>10.1f}{images / time_s:>10.2f}   {', '.join(f'{value:.4f}' for value in fids)}")
+    print(f"speedup {result['speedup_vs_published']:.2f}; outside the denoiser {result['share_outside_denoiser']:.1%}")
+    for count, (time_s, labels) in by_workers.items():
+        same = labels == by_workers[args.workers[0]][1]
+        print(
+            f"{count} workers: {args.num_archs} configurations in {time_s:.1f} s, labels {'the same' if same else 'DIFFER'}"
+        )
+    write_result(f"eval_overhead_{args.machine}", result)
+
+
+if __name__ == "__main__":
+    main()
