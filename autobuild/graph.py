@@ -45,6 +45,7 @@ class Node:
     kind: str  # weight, add, concat, matmul, norm, adaln or mul
     path: str  # of the module that it belongs to
     sources: list["Node"] = field(default_factory=list)
+    is_shared: bool = False  # its weights stand in several places
 
     def __hash__(self):
         return id(self)
@@ -58,7 +59,7 @@ class Node:
     @property
     def block(self):
         """Path of the innermost block that it is in, "" outside of any: transformer_blocks.3."""
-        match = BLOCK.match(self.path)
+        match = None if self.is_shared else BLOCK.match(self.path)
         return match.group().rstrip(".") if match else ""
 
     @property
@@ -84,6 +85,11 @@ class DenoiserGraph:
     @property
     def weights(self):
         return [node for node in self.nodes if node.is_weight]
+
+    @property
+    def blocks(self):
+        """Paths of the blocks, in order."""
+        return list(dict.fromkeys(node.block for node in self.nodes if node.block))
 
     def counts(self):
         return Counter(node.kind for node in self.nodes)
@@ -155,6 +161,7 @@ class _Tracer:
                 self.weights[slot.tie] = Node(slot.tie, WEIGHT, path)
                 self.nodes.append(self.weights[slot.tie])
             node = self.weights[slot.tie]
+            node.is_shared |= slot.tie != slot.key
             node.sources += [source for source in sources if source not in node.sources]
             parts.append(node)
         return parts[0] if len(parts) == 1 else self.add_node("add", path, parts)

@@ -1,6 +1,6 @@
 """What one process measures configurations with: the quantizable model and all that judges its images."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,19 @@ def encode(job, device):
     return encode_prompts(load_for(job.args, job.family, device), job.prompts, job.args.guidance, job.args.res)
 
 
+class AtOnce(Executor):
+    """Runs what it is given when it is given it, timed as `features`."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def submit(self, function, *args):
+        done = Future()
+        with self.watch.phase("features"):
+            done.set_result(function(*args))
+        return done
+
+
 class Labeller:
     """Measures configurations of a job; `embeddings` are its prompts', if they are known already."""
 
@@ -114,13 +127,16 @@ class Labeller:
         """
         with self.watch.phase("quantize"):
             self.put(task.index)
-        # Images are judged while the next ones are made.
-        with ThreadPoolExecutor(max_workers=1) as judge, self.watch.phase("denoise"):
+        with self.judges() as judge, self.watch.phase("denoise"):
             batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
             judged = [judge.submit(self.judge, batch, baseline) for batch in batches]
             with self.watch.phase("features"):
                 judged = [each.result() for each in judged]
         return {name: np.concatenate([each[name] for each in judged]) for name in judged[0]}, self.watch.take()
+
+    def judges(self):
+        """Who judges images: on a GPU a thread, while the next are made; on a CPU two would be in each other's way."""
+        return AtOnce(self.watch) if self.device.type == "cpu" else ThreadPoolExecutor(max_workers=1)
 
     def put(self, index):
         if index is None:

@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):  
     for name in ("quant_cache.pkl", "quant_proxies.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not parts.folder.exists()
+
+
+def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, run_script, monkeypatch):  # noqa: F811
+    """As on a GPU; the labels are the same."""
+    monkeypatch.setattr(labeller.Labeller, "judges", lambda self: ThreadPoolExecutor(max_workers=1))
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
+    assert run_script(eval_random, "dit", *flags)[0] == 0
+    assert (tmp_path / "quant_cache.pkl").read_bytes() == (labels / "quant_cache.pkl").read_bytes()
 
 
 def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_script, measured):  # noqa: F811

@@ -1,0 +1,142 @@
+"""A denoiser's graph as a picture, layer by layer from input to output (Sugiyama et al., 1981, by igraph).
+
+A weight is a box in the colour of its method, dark for 4 bits and light for 3; an operation is grey. A node that very
+many others read, such as the time embedding, would cover the picture with its edges: its readers carry its name instead.
+"""
+
+import itertools
+from pathlib import Path
+
+import igraph
+import matplotlib
+
+from autobuild.graph import DenoiserGraph
+from quant.methods import METHODS
+from quant.storage import atomic_write
+
+COLORS = {"mse": ("#1d4ed8", "#93c5fd"), "kmeans": ("#b45309", "#fcd34d"), "kmeans_all": ("#047857", "#6ee7b7")}
+NO_METHOD, OPERATION, EDGE, SHADE = "#334155", "#d4d4d8", "#71717a", "#f4f4f5"
+HUB_READERS = 9  # from here on a node's readers carry its name
+WIDTH, HEIGHT, GAP = 2.5, 0.5, 0.35  # inches: of a box, and from box to box
+MOST_INCHES = 600  # of a picture's side
+
+
+def draw(graph, path, configuration=None, block=None, dpi=50):
+    """Write the picture of a graph, or of one block of it, to a .png or .svg file.
+
+    `configuration` {key: method} colours the weights.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    nodes = [node for node in graph.nodes if block is None or node.block == block]
+    shown = DenoiserGraph(nodes)
+    hubs = hubs_of(graph) if block is None else set()
+    edges = [
+        (shown.number[source.name], number)
+        for number, node in enumerate(nodes)
+        for source in node.sources
+        if source.name in shown.number and source not in hubs
+    ]
+    places, routes = layout(len(nodes), edges)
+    left, right = min(x for x, _ in places), max(x for x, _ in places)
+    lowest = max(y for _, y in places)
+    size = ((right - left + 1) * (WIDTH + GAP) + 1, (lowest + 1) * (HEIGHT + GAP) + 1)
+    figure = pyplot.figure(figsize=[min(each, MOST_INCHES) for each in size], dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(left - 0.6, right + 0.6), ylim=(lowest + 0.8, -0.8))
+    axes.axis("off")
+    shade_blocks(axes, nodes, places, (left - 0.6, right + 0.6))
+    for (source, target), route in zip(edges, routes, strict=True):
+        draw_edge(axes, [places[source], *route, places[target]])
+    for node, place in zip(nodes, places, strict=True):
+        absent = [source for source in node.sources if source in hubs or source.name not in shown.number]
+        draw_node(axes, node, place, color_of(node, configuration), absent)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:])
+    pyplot.close(figure)
+
+
+def hubs_of(graph):
+    """The nodes that very many others read."""
+    readers = dict.fromkeys(graph.nodes, 0)
+    for node in graph.nodes:
+        for source in node.sources:
+            readers[source] += 1
+    return {node for node, count in readers.items() if count >= HUB_READERS}
+
+
+def layout(count, edges):
+    """Places [(x, y)] of nodes, and the points between its ends that each edge passes.
+
+    `edges` are in topological order. Each node stands as late as its readers allow.
+    """
+    depth, layers = [0] * count, [None] * count
+    for source, target in edges:
+        depth[target] = max(depth[target], depth[source] + 1)
+    for source, target in reversed(edges):
+        layers[target] = depth[target] if layers[target] is None else layers[target]
+        layers[source] = min(layers[target] - 1, count if layers[source] is None else layers[source])
+    layers = [depth[node] if layer is None else layer for node, layer in enumerate(layers)]
+    laid = igraph.Graph(n=count, edges=edges, directed=True).layout_sugiyama(layers=layers, maxiter=200)
+    routes = [[tuple(point) for point in route] for route in laid.edge_routing]
+    return [tuple(place) for place in laid.coords[:count]], routes
+
+
+def color_of(node, configuration):
+    if not node.is_weight:
+        return OPERATION
+    if configuration is None:
+        return NO_METHOD
+    method = METHODS[configuration[node.name]]
+    return COLORS[method.algorithm][method.bits == 3]
+
+
+def draw_node(axes, node, place, color, absent):
+    x, y = place
+    width, height = WIDTH / (WIDTH + GAP), HEIGHT / (HEIGHT + GAP)
+    box = matplotlib.patches.FancyBboxPatch(
+        (x - width / 2, y - height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.06",
+        facecolor=color,
+        edgecolor="none",
+        zorder=3,
+    )
+    axes.add_patch(box)
+    dark = sum(matplotlib.colors.to_rgb(color)) < 1.6
+    size = min(13, 13 * 21 / max(len(node.layer_type), 1))
+    ink = {"color": "white" if dark else "#18181b", "ha": "center", "va": "center", "zorder": 4}
+    axes.text(x, y - (height / 5 if absent else 0), node.layer_type, fontsize=size, **ink)
+    if absent:
+        names = ", ".join(source.path if source.is_weight else source.name.removeprefix("model.") for source in absent)
+        axes.text(x, y + height / 4, f"from {names}", fontsize=min(8, 8 * 46 / len(names)), **ink)
+
+
+def draw_edge(axes, points):
+    """A smooth line through the points, an arrow at its end."""
+    height = HEIGHT / (HEIGHT + GAP) / 2
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    points = [(x0, y0 + height), *points[1:-1], (x1, y1 - height)]
+    vertices, codes = [points[0]], [matplotlib.path.Path.MOVETO]
+    for (ax, ay), (bx, by) in itertools.pairwise(points):
+        vertices += [(ax, (ay + by) / 2), (bx, (ay + by) / 2), (bx, by)]
+        codes += [matplotlib.path.Path.CURVE4] * 3
+    line = matplotlib.patches.FancyArrowPatch(
+        path=matplotlib.path.Path(vertices, codes), arrowstyle="-|>", mutation_scale=8, color=EDGE, linewidth=1, zorder=2
+    )
+    axes.add_patch(line)
+
+
+def shade_blocks(axes, nodes, places, across):
+    """A band behind each block, with its name."""
+    rows = {}
+    for node, (_, y) in zip(nodes, places, strict=True):
+        if node.block:
+            rows.setdefault(node.block, []).append(y)
+    for number, (block, ys) in enumerate(rows.items()):
+        top, bottom = min(ys) - 0.5, max(ys) + 0.5
+        if number % 2 == 0:
+            axes.axhspan(top, bottom, color=SHADE, zorder=0)
+        axes.text(across[0] + 0.05, top + 0.1, block, ha="left", va="top", color="#52525b", fontsize=12, zorder=1)
