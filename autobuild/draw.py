@@ -4,11 +4,13 @@ A weight is a box in the colour of its method, dark for 4 bits and light for 3; 
 many others read, such as the time embedding, would cover the picture with its edges: its readers carry its name instead.
 """
 
+import io
 import itertools
 from pathlib import Path
 
 import igraph
 import matplotlib
+from PIL import Image
 
 from autobuild.graph import DenoiserGraph
 from quant.methods import METHODS
@@ -18,7 +20,7 @@ COLORS = {"mse": ("#1d4ed8", "#93c5fd"), "kmeans": ("#b45309", "#fcd34d"), "kmea
 NO_METHOD, OPERATION, EDGE, SHADE = "#334155", "#d4d4d8", "#71717a", "#f4f4f5"
 HUB_READERS = 9  # from here on a node's readers carry its name
 WIDTH, HEIGHT, GAP = 2.5, 0.5, 0.35  # inches: of a box, and from box to box
-MOST_INCHES = 600  # of a picture's side
+MOST_INCHES = 1300  # of a side: matplotlib draws 65,536 dots at most
 
 
 def draw(graph, path, configuration=None, block=None, dpi=50):
@@ -52,9 +54,19 @@ def draw(graph, path, configuration=None, block=None, dpi=50):
     for node, place in zip(nodes, places, strict=True):
         absent = [source for source in node.sources if source in hubs or source.name not in shown.number]
         draw_node(axes, node, place, color_of(node, configuration), absent)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:])
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:])
     pyplot.close(figure)
+    with atomic_write(path) as file:
+        file.write(picture.getvalue() if Path(path).suffix == ".svg" else few_colors(picture))
+
+
+def few_colors(picture):
+    """The bytes of a PNG picture with as many colours as a drawing needs: a quarter of the size."""
+    Image.MAX_IMAGE_PIXELS = None  # ours are large
+    small = io.BytesIO()
+    Image.open(picture).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def hubs_of(graph):
@@ -67,20 +79,47 @@ def hubs_of(graph):
 
 
 def layout(count, edges):
-    """Places [(x, y)] of nodes, and the points between its ends that each edge passes.
+    """Places [(x, y)] of nodes, and the points between its ends that each edge passes; `edges` in topological order.
 
-    `edges` are in topological order. Each node stands as late as its readers allow.
+    Parts that no edge connects stand side by side: igraph, given several at once, mixes up their edges.
     """
-    depth, layers = [0] * count, [None] * count
+    places, routes, right = [None] * count, [None] * len(edges), 0.0
+    for part in sorted(igraph.Graph(n=count, edges=edges).connected_components(), key=len, reverse=True):
+        number = {node: place for place, node in enumerate(part)}
+        inside = [place for place, (source, _) in enumerate(edges) if source in number]
+        own = [(number[source], number[target]) for source, target in (edges[place] for place in inside)]
+        laid = igraph.Graph(n=len(part), edges=own, directed=True).layout_sugiyama(
+            layers=late_layers(len(part), own), maxiter=200
+        )
+        left = right - min([x for x, _ in laid.coords])
+        for node, (x, y) in zip(part, laid.coords, strict=True):
+            places[node] = (x + left, y)
+        for place, route in zip(inside, laid.edge_routing, strict=True):
+            routes[place] = [(x + left, y) for x, y in route]
+        right = 1 + max(x for x, _ in [*(places[node] for node in part), *(p for i in inside for p in routes[i])])
+    return apart(places), routes
+
+
+def apart(places):
+    """The places, those that overlap moved to the right: igraph lays some nodes half a width apart."""
+    free, moved = {}, list(places)
+    for node in sorted(range(len(places)), key=lambda node: places[node]):
+        x, y = places[node]
+        moved[node] = (max(x, free.get(y, x)), y)
+        free[y] = moved[node][0] + 1
+    return moved
+
+
+def late_layers(count, edges):
+    """A layer for each node, as late as the nodes that read it allow."""
+    layers = [0] * count
     for source, target in edges:
-        depth[target] = max(depth[target], depth[source] + 1)
+        layers[target] = max(layers[target], layers[source] + 1)
+    latest = {}
     for source, target in reversed(edges):
-        layers[target] = depth[target] if layers[target] is None else layers[target]
-        layers[source] = min(layers[target] - 1, count if layers[source] is None else layers[source])
-    layers = [depth[node] if layer is None else layer for node, layer in enumerate(layers)]
-    laid = igraph.Graph(n=count, edges=edges, directed=True).layout_sugiyama(layers=layers, maxiter=200)
-    routes = [[tuple(point) for point in route] for route in laid.edge_routing]
-    return [tuple(place) for place in laid.coords[:count]], routes
+        layers[target] = latest.get(target, layers[target])
+        latest[source] = min(latest.get(source, count), layers[target] - 1)
+    return [latest.get(node, layer) for node, layer in enumerate(layers)]
 
 
 def color_of(node, configuration):

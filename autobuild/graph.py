@@ -44,7 +44,7 @@ class Node:
     name: str  # of a weight its configuration key, else its module's path and its kind
     kind: str  # weight, add, concat, matmul, norm, adaln or mul
     path: str  # of the module that it belongs to
-    sources: list["Node"] = field(default_factory=list)
+    sources: list["Node"] = field(default_factory=list, repr=False)
     is_shared: bool = False  # its weights stand in several places
 
     def __hash__(self):
@@ -97,10 +97,16 @@ class DenoiserGraph:
 
 def of_family(name):
     """The graph of a family's denoiser, real or embedded: both have the same layers."""
+    denoiser, slots = slots_of_family(name)
+    inputs = map_tensors(lambda tensor: tensor.to("meta"), geometry.example_inputs(name, denoiser))
+    return trace(denoiser, inputs, slots)
+
+
+def slots_of_family(name):
+    """A family's denoiser at real size, without weights, and its slots."""
     with torch.device("meta"):
         denoiser = geometry.build(name)
-    inputs = map_tensors(lambda tensor: tensor.to("meta"), geometry.example_inputs(name, denoiser))
-    return trace(denoiser, inputs, find_slots(denoiser, FAMILIES[name]))
+    return denoiser, find_slots(denoiser, FAMILIES[name])
 
 
 def trace(denoiser, inputs, slots):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_stages import EVAL, script
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 SEED = int(os.environ.get("KILLS_SEED", 0))
 SMALL_TASKS = ("--batch_size", 2, "--num_archs", 3)  # two tasks per configuration
 RESULTS = ("quant_cache.pkl", "quant_proxies.jsonl", "full_precision.json", "results.txt")

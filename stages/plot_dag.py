@@ -1,0 +1,41 @@
+"""Draw the graph of a family's denoiser."""
+
+from pathlib import Path
+
+from autobuild import graph
+from errors import InputError
+from models.families import FAMILIES
+from quant import config
+from stages.common import OneLineParser
+
+
+def main():
+    args = parse_args()
+    drawn = graph.of_family(args.family)
+    if args.block is not None and args.block not in drawn.blocks:
+        raise InputError(f"--block {args.block}: {args.family} has {', '.join(drawn.blocks[:3])} ... {drawn.blocks[-1]}")
+    try:
+        from autobuild import draw
+    except ImportError:
+        raise InputError("plot_dag.py needs igraph: pip install -e '.[autobuild]'") from None
+    output = args.output or Path("dag_plots") / f"{args.family}{f'_{args.block}' if args.block else ''}.png"
+    if output.suffix not in (".png", ".svg"):
+        raise InputError(f"--output {output}: must end in .png or .svg")
+    draw.draw(drawn, output, configuration_of(args), args.block)
+    counts = ", ".join(f"{count} {kind}" for kind, count in drawn.counts().most_common())
+    print(f"{output}: {len(drawn.nodes)} nodes ({counts}), {len(drawn.edges)} edges")
+
+
+def parse_args():
+    parser = OneLineParser(prog="plot_dag.py", description="draw a denoiser's graph, layer by layer", allow_abbrev=False)
+    parser.add_argument("--family", required=True, choices=list(FAMILIES))
+    parser.add_argument("--q_config", help="colour weights by a configuration: as the infer scripts take it")
+    parser.add_argument("--block", help="draw one block alone, such as transformer_blocks.0")
+    parser.add_argument("--output", type=Path, help=".png or .svg; default dag_plots/<family>.png")
+    return parser.parse_args()
+
+
+def configuration_of(args):
+    if args.q_config is None:
+        return None
+    return config.load(args.q_config, graph.slots_of_family(args.family)[1])
