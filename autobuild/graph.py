@@ -70,6 +70,22 @@ class Node:
         return self.path.removeprefix(self.block).lstrip(".") + (" (skip)" if self.name.endswith("_0") else "")
 
 
+@dataclass
+class Unit:
+    """A subgraph that is scored and chosen as a whole: an attention, a feed-forward, or a weight between two sums."""
+
+    nodes: list[Node]  # the last is its root, which all others lead to
+    hops: int  # steps from the farthest of them to the root
+
+    @property
+    def root(self):
+        return self.nodes[-1]
+
+    @property
+    def weights(self):
+        return [node for node in self.nodes if node.is_weight]
+
+
 class DenoiserGraph:
     """Nodes in topological order."""
 
@@ -93,6 +109,37 @@ class DenoiserGraph:
 
     def counts(self):
         return Counter(node.kind for node in self.nodes)
+
+    def units(self):
+        """The units, in order of their roots: every weight is in one of them.
+
+        Sums, modulations and concatenations end a unit, and so does a norm, unless of a weight's output; what is
+        between them in one block and leads to one root belongs together. (Mills et al., 2025, score such subgraphs;
+        theirs are listed by hand.)
+        """
+        inner = [node for node in self.nodes if not self._ends_unit(node)]
+        readers = {node: [] for node in inner}
+        for node in inner:
+            for source in node.sources:
+                if source in readers and source.block == node.block:
+                    readers[source].append(node)
+        root, hops = {}, {}
+        for node in reversed(inner):
+            roots = {root[reader] for reader in readers[node]}
+            shared = len(roots) == 1
+            root[node] = roots.pop() if shared else node
+            hops[node] = 1 + max(hops[reader] for reader in readers[node]) if shared else 0
+        members = {}
+        for node in inner:
+            members.setdefault(root[node], []).append(node)
+        units = [Unit(nodes, max(hops[node] for node in nodes)) for nodes in members.values()]
+        return sorted(units, key=lambda unit: self.number[unit.root.name])
+
+    @staticmethod
+    def _ends_unit(node):
+        if node.kind == "norm":
+            return not all(source.is_weight and source.block == node.block for source in node.sources)
+        return node.kind in ("add", "adaln", "concat")
 
 
 def of_family(name):

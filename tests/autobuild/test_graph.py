@@ -79,6 +79,38 @@ def test_what_differs_from_the_published_graphs(name, nodes):
     assert len(of_family(name).nodes) == nodes
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_weight_is_in_one_unit(name):
+    traced = of_family(name)
+    units = traced.units()
+    assert sorted(node.name for unit in units for node in unit.weights) == sorted(node.name for node in traced.weights)
+    assert all(len(unit.weights) <= 4 and unit.hops <= 5 for unit in units)
+
+
+def test_units_of_a_block():
+    found = {
+        unit.root.layer_type: ([node.layer_type for node in unit.nodes], unit.hops)
+        for unit in of_family("pixart_alpha").units()
+        if unit.root.block == "transformer_blocks.5"
+    }
+    assert found == {
+        "attn1.to_out.0": (["attn1.to_q", "attn1.to_k", "attn1.to_v", "matmul", "matmul", "attn1.to_out.0"], 3),
+        "attn2.to_out.0": (["attn2.to_q", "attn2.to_k", "attn2.to_v", "matmul", "matmul", "attn2.to_out.0"], 3),
+        "ff.net.2": (["ff.net.0.proj", "ff.net.2"], 1),
+    }
+    hunyuan = {
+        unit.root.layer_type: len(unit.weights) for unit in of_family("hunyuan").units() if unit.root.block == "blocks.39"
+    }
+    assert hunyuan == {
+        "norm1.linear": 1,
+        "skip_linear": 1,
+        "skip_linear (skip)": 1,
+        "attn1.to_out.0": 4,
+        "attn2.to_out.0": 4,
+        "ff.net.2": 2,
+    }
+
+
 def test_ties_splits_and_skips():
     dit = of_family("dit")
     tied = named(dit, "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2")
