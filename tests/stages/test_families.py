@@ -18,7 +18,7 @@ from models.families import FAMILIES
 from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
-from stages import eval_random, infer, multiquantizer
+from stages import eval_random, infer, labeller, multiquantizer
 
 STAGES = {"multiquantizer": multiquantizer, "eval_random": eval_random, "infer": infer}
 INFER = {  # as in the published README
@@ -200,7 +200,7 @@ def test_clip_score_is_a_seventh_key_only_when_asked_for(workplace, monkeypatch,
             assert len(images) == len(prompts) == 2
             return np.array([20.0, 30.0])
 
-    monkeypatch.setattr(eval_random, "ClipScore", FixedScore)
+    monkeypatch.setattr(labeller, "ClipScore", FixedScore)
     flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 2, "--steps", 1, "--outdir", tmp_path, "--clip_score")
     assert run_script(eval_random, family.name, *flags)[0] == 0
     (row,) = quant_cache.load(tmp_path / "quant_cache.pkl")
