@@ -110,12 +110,14 @@ def text_table(table, runs):
     """Lines: the rows, and full precision's."""
     proxies = [name for name in ("image_mse", "latent_mse", "ssim", "psnr") if name in table[0]]
     heads = "".join(f"{name:>12}" for name in proxies)
-    yield f"{'labels':<32}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}{heads}"
-    named = [(f"{row['folder']}/quant_cache.pkl:{row['row']}", row) for row in table]
-    for name, row in [(f"full precision, {run.folder}", run.full_precision) for run in runs] + named:
+    named = [(f"full precision, {run.folder}", run.full_precision) for run in runs]
+    named += [(f"{row['folder']}/quant_cache.pkl:{row['row']}", row) for row in table]
+    width = max(len(name) for name, _ in named) + 1
+    yield f"{'labels':<{width}}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}{heads}"
+    for name, row in named:
         values = "".join(f"{row[proxy]:>12.5g}" if row.get(proxy) is not None else f"{'':>12}" for proxy in proxies)
         yield (
-            f"{name[-32:]:<32}{row['avg_bits']:>9.3f}{row['quantized_size'] / 1e6:>11.3f}"
+            f"{name:<{width}}{row['avg_bits']:>9.3f}{row['quantized_size'] / 1e6:>11.3f}"
             f"{row['bops']:>10.4g}{row[FID]:>9.3f}{values}".rstrip()
         )
 
