@@ -45,7 +45,7 @@ def generate_batches(sampler, prompts, settings, name, first=0, last=None, show=
             batch = prompts[indices.start : indices.stop]
             try:
                 images, latents = sampler.draw(batch, generators, settings.steps, settings.guidance, settings.res)
-            except (torch.OutOfMemoryError, RuntimeError) as reason:
+            except RuntimeError as reason:  # lack of memory is one
                 halve_batch(settings, reason)
                 continue
             broken = ~np.isfinite(images).all(axis=(1, 2, 3))

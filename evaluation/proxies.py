@@ -33,7 +33,7 @@ def paired(images, latents, originals, original_latents, device):
 
 def _as_tensor(images, device):
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in 0..1."""
-    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def _row_means(values):

@@ -67,16 +67,12 @@ class PromptMemo:
         return all(getattr(self.pipeline, name, None) is None for name in TEXT_ENCODERS)
 
 
-def has_prompts(pipeline):
-    return hasattr(pipeline, "encode_prompt")
-
-
 def remember(sampler, embeddings=None):
     """Memos in place of the `encode_prompt` of each of the sampler's pipelines that has one.
 
     `embeddings` is what `encode_prompts` returned: with it no text encoder is asked, nor kept.
     """
-    pipelines = [pipeline for pipeline in sampler.pipelines if has_prompts(pipeline)]
+    pipelines = [pipeline for pipeline in sampler.pipelines if hasattr(pipeline, "encode_prompt")]
     memos = [PromptMemo(pipeline, embeddings and embeddings[place]) for place, pipeline in enumerate(pipelines)]
     if embeddings is not None:
         for memo in memos:

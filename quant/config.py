@@ -107,13 +107,18 @@ def is_row(row):
     )
 
 
+def by_fid(row):
+    """Sorts rows by FID, those whose FID is not a number last."""
+    return math.isnan(row["FID-GT-1k"]), row["FID-GT-1k"]
+
+
 def _pick_row(rows, path, row):
     if not rows or not all(is_row(r) for r in rows):
         raise InputError(f"{path}: not a list of labelled configurations")
     if row is None:
         raise InputError(f"{path}: holds {len(rows)} labelled configurations; add :best or :<number> to choose one")
     if row == "best":
-        return min(rows, key=lambda r: (math.isnan(r["FID-GT-1k"]), r["FID-GT-1k"]))["config"]
+        return min(rows, key=by_fid)["config"]
     if not re.fullmatch(r"[0-9]{1,9}", row) or not 1 <= int(row) <= len(rows):
         raise InputError(f"{path}:{row}: no such row; it has rows 1 to {len(rows)}, and :best")
     return rows[int(row) - 1]["config"]

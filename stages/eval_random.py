@@ -1,6 +1,5 @@
 """Stage 2: draw random configurations and label each with its size, error, BOPs and FID."""
 
-import math
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +11,7 @@ from evaluation.clip_score import CLIP_MODEL
 from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import defaults, is_embedded, pick_device
-from quant import multiquantizer
+from quant import config, multiquantizer
 from quant.storage import remove_leftovers
 from stages import halving
 from stages.common import (
@@ -162,7 +161,7 @@ def results_table(rows, full_precision):
     """Lines of a table: configuration, average bits, size, FID; best first."""
     yield f"{'configuration':<16}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}"
     numbered = [("full precision", full_precision)]
-    order = sorted(enumerate(rows, 1), key=lambda pair: (math.isnan(pair[1]["FID-GT-1k"]), pair[1]["FID-GT-1k"]))
+    order = sorted(enumerate(rows, 1), key=lambda pair: config.by_fid(pair[1]))
     numbered += [(str(number), row) for number, row in order]
     for name, row in numbered:
         yield (

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import json
 import math
-import shutil
 import time
 
 import numpy as np
@@ -51,15 +50,16 @@ class Labelling:
 
     def measured(self, indices, images):
         """Yield each of the configurations, in their order, once its first `images` images are measured."""
-        left = {index: [task for task in self.tasks(index, images) if self.parts.load(task) is None] for index in indices}
-        tasks = [task for index in indices for task in left[index]]
+        wanted = {index: self.tasks(index, images) for index in indices}
+        left = {index: [task for task in each if self.parts.load(task) is None] for index, each in wanted.items()}
+        tasks = [task for each in left.values() for task in each]
         waiting = collections.deque(indices)
 
         def complete():
             while waiting and not left[waiting[0]]:
                 yield waiting.popleft()
 
-        total = sum(task.count for index in indices for task in self.tasks(index, images))
+        total = sum(task.count for each in wanted.values() for task in each)
         done = total - sum(task.count for task in tasks)
         title = "full precision" if None in left else f"{len(left)} configurations"
         with logging_redirect_tqdm([log]), tqdm(total=total, initial=done, desc=title, unit="img") as progress:
@@ -82,8 +82,6 @@ class Labelling:
 
     def keep_samples(self, task, images, broken):
         folder = self.outdir / "samples" / task.name
-        if task.first == 0:
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images, start=task.first):
             if not broken[index - task.first]:

@@ -28,11 +28,10 @@ class RayWorkers:
     """Workers on this machine, or, with --ray_address, on a running cluster."""
 
     def __init__(self, job, watch, stored_prompts):
-        args = job.args
-        device, count = connect(args)
-        self.resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
-        self.deaths = collections.Counter()
+        self.deaths = collections.Counter()  # of workers, by the task that they were at
         try:
+            device, count = connect(job.args)
+            self.resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             self.start = (ray.put(job), device, os.getcwd())
             self.embeddings = ray.put(self.known_prompts(stored_prompts, watch))
             self.hands = [self.hire() for _ in range(count)]
@@ -57,10 +56,11 @@ class RayWorkers:
     def replace(self, hand):
         """Put another in the place of a dead worker; returns the tasks that it leaves undone."""
         undone = list(hand.running.values())
-        at = undone[0].name if undone else "start"
-        self.deaths[at] += 1
-        if self.deaths[at] >= MOST_DEATHS:
-            raise InputError(f"{self.deaths[at]} workers died at {at}; too little memory? Try fewer --workers")
+        task = undone[0] if undone else None
+        at = task.name if task else "start"
+        self.deaths[task] += 1
+        if self.deaths[task] >= MOST_DEATHS:
+            raise InputError(f"{self.deaths[task]} workers died at {at}; too little memory? Try fewer --workers")
         log.warning("a worker died at %s: another takes its place", at)
         with contextlib.suppress(Exception):  # it may be half alive
             ray.kill(hand.actor)
@@ -219,11 +219,9 @@ def connect(args):
     there = ray.cluster_resources()
     device = "cuda" if there.get("GPU") and args.device != "cpu" else "cpu"
     if args.device == "cuda" and device == "cpu":
-        ray.shutdown()
         raise InputError("--device cuda: Ray finds no GPU")
     most = int(there.get("GPU" if device == "cuda" else "CPU", 1))
     if args.ray_address is None and args.workers > most:
-        ray.shutdown()
         raise InputError(f"--workers {args.workers}: there is one for each GPU, and this machine has {most}")
     return device, args.workers or most
 

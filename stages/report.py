@@ -12,6 +12,7 @@ import matplotlib
 
 from errors import InputError
 from evaluation import jsonl, quant_cache
+from quant import config
 from quant.storage import atomic_write
 from stages.common import OneLineParser, at_least
 from stages.eval_random import LABEL_FLAGS, read_settings
@@ -103,7 +104,7 @@ def rows_of(runs):
         for run in runs
         for number, row in enumerate(run.rows, start=1)
     ]
-    return sorted(flat, key=lambda row: (math.isnan(row[FID]), row[FID]))
+    return sorted(flat, key=config.by_fid)
 
 
 def text_table(table, runs):
