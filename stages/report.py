@@ -3,46 +3,32 @@
 import argparse
 import csv
 import io
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
-from errors import InputError
 from evaluation import jsonl, quant_cache
 from quant import config
 from quant.storage import atomic_write
+from stages import label_runs
 from stages.common import OneLineParser, at_least
-from stages.eval_random import LABEL_FLAGS, read_settings
 
-OWN_FLAGS = ("seed", "a_l", "a_u", "halving_key")  # in which labels that are merged may differ
 FID = "FID-GT-1k"
-COLUMNS = ("avg_bits", "quantized_size", "quantized_error", "bops")  # of a row, that tell it without images
 INK, GRAY, ACCENT = "#222222", "#8a8f98", "#c2410c"
-
-
-class Run(NamedTuple):
-    """A labelling run's folder, read."""
-
-    folder: Path
-    settings: dict
-    rows: list[dict]
-    proxies: dict[int, dict]  # by number of the row, from 1
-    full_precision: dict
 
 
 def main():
     args = parse_args()
-    runs = [read_run(folder) for folder in args.folders]
-    check_mergeable(runs)
+    runs = [label_runs.read(folder) for folder in args.folders]
+    label_runs.check_mergeable(runs)
+    full_precision = {run.folder: label_runs.read_full_precision(run.folder) for run in runs}
     outdir = args.outdir or (runs[0].folder if len(runs) == 1 else Path("merged_labels"))
     table = list(rows_of(runs))
-    print("\n".join(text_table(table[: args.top], runs)))
+    print("\n".join(text_table(table[: args.top], full_precision)))
     print("\n".join(correlations(table)))
     write_csv(table, outdir / "report.csv")
-    draw(table, runs, outdir / "report.png")
+    draw(table, runs[0].settings, full_precision, outdir / "report.png")
     written = [outdir / "report.csv", outdir / "report.png"]
     if len(runs) > 1:
         written += merge(runs, outdir)
@@ -64,54 +50,21 @@ def parse_args():
     return parser.parse_args()
 
 
-def read_run(folder):
-    """The labels in a folder; InputError if there are none."""
-    cache = folder / "quant_cache.pkl"
-    rows = quant_cache.load(cache)
-    if not rows:
-        raise InputError(f"{cache}: no labelled configurations; make them with *_eval_random.py --outdir {folder}")
-    proxies = {line["row"]: line for line in jsonl.load(folder / "quant_proxies.jsonl") if "row" in line}
-    try:
-        full_precision = json.loads((folder / "full_precision.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{folder / 'full_precision.json'}: cannot be read; run the labelling again, it goes on") from None
-    return Run(folder, read_settings(folder / "sampling_config.yaml"), rows, proxies, full_precision)
-
-
-def check_mergeable(runs):
-    """InputError unless all runs label the same denoiser in the same way, each from a seed of its own."""
-    first = runs[0]
-    for place, run in enumerate(runs[1:], start=1):
-        if set(run.rows[0]["config"]) != set(first.rows[0]["config"]):
-            raise InputError(f"{run.folder}: labels another denoiser than {first.folder}; reports are of one family")
-        for flag in LABEL_FLAGS:
-            if flag not in OWN_FLAGS and run.settings.get(flag) != first.settings.get(flag):
-                raise InputError(
-                    f"{run.folder}: labelled with {flag} {run.settings.get(flag)}, {first.folder} with "
-                    f"{first.settings.get(flag)}; labels made in different ways do not compare"
-                )
-        for other in runs[:place]:
-            if run.settings.seed == other.settings.seed:
-                raise InputError(f"{run.folder}: has the seed {run.settings.seed}, and so the noise, of {other.folder}")
-
-
 def rows_of(runs):
     """A flat dict per row, best first; those whose FID is not a number last."""
     flat = [
-        {"folder": str(run.folder), "row": number}
-        | {key: row[key] for key in (FID, quant_cache.CLIP_SCORE, *COLUMNS) if key in row}
-        | {key: value for key, value in run.proxies.get(number, {}).items() if key not in ("row", "configuration", "images")}
+        {"folder": str(run.folder), "row": number} | numbers
         for run in runs
-        for number, row in enumerate(run.rows, start=1)
+        for number, numbers in enumerate(run.numbers(), start=1)
     ]
     return sorted(flat, key=config.by_fid)
 
 
-def text_table(table, runs):
+def text_table(table, full_precision):
     """Lines: the rows, and full precision's."""
     proxies = [name for name in ("image_mse", "latent_mse", "ssim", "psnr") if name in table[0]]
     heads = "".join(f"{name:>12}" for name in proxies)
-    named = [(f"full precision, {run.folder}", run.full_precision) for run in runs]
+    named = [(f"full precision, {folder}", row) for folder, row in full_precision.items()]
     named += [(f"{row['folder']}/quant_cache.pkl:{row['row']}", row) for row in table]
     width = max(len(name) for name, _ in named) + 1
     yield f"{'labels':<{width}}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}{heads}"
@@ -149,7 +102,7 @@ def pareto(table):
     return front
 
 
-def draw(table, runs, path):
+def draw(table, settings, full_precision, path):
     """FID against average bits, with the Pareto front and full precision's FID."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -161,13 +114,11 @@ def draw(table, runs, path):
     places = [row["avg_bits"] for row in front], [row[FID] for row in front]
     axes.step(*places, where="post", color=ACCENT, linewidth=1.5)
     axes.scatter(*places, s=22, color=ACCENT, zorder=3, label="Pareto front")
-    whole = sum(run.full_precision[FID] for run in runs) / len(runs)
+    whole = sum(row[FID] for row in full_precision.values()) / len(full_precision)
     axes.axhline(whole, color=INK, linewidth=1, linestyle="--", label=f"full precision, {whole:.2f}")
     axes.set_xlabel("average bits per weight", color=INK)
     axes.set_ylabel("FID", color=INK)
-    axes.set_title(
-        f"{len(measured)} configurations, {runs[0].settings.n_imgs} images each", color=INK, loc="left", fontsize=11
-    )
+    axes.set_title(f"{len(measured)} configurations, {settings.n_imgs} images each", color=INK, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
