@@ -118,7 +118,8 @@ def draw(table, settings, full_precision, path):
     axes.axhline(whole, color=INK, linewidth=1, linestyle="--", label=f"full precision, {whole:.2f}")
     axes.set_xlabel("average bits per weight", color=INK)
     axes.set_ylabel("FID", color=INK)
-    axes.set_title(f"{len(measured)} configurations, {settings.n_imgs} images each", color=INK, loc="left", fontsize=11)
+    images = f", {settings.n_imgs} images each" if settings else ""
+    axes.set_title(f"{len(measured)} configurations{images}", color=INK, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
