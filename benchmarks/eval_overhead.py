@@ -37,7 +37,7 @@ def job_of(args, folder):
         **{"seed": 42, "num_archs": args.num_archs, "n_imgs": args.n_imgs, "batch_size": args.batch_size},
         **{"steps": row.steps, "guidance": row.label_guidance, "res": None if family.num_classes else row.resolution},
         **{"a_l": 0.0, "a_u": 1.0, "published_noise": False, "keep_samples": False, "clip_score": False},
-        **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None, "device": None},
+        **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None, "device": None, "q_config": []},
     )
     return Job(args.family, flags, prompts_for(flags, family))
 

@@ -1,7 +1,9 @@
 """A quantization configuration: {key: method} for every weight slot of a denoiser."""
 
+import hashlib
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -76,6 +78,12 @@ def load(spec, slots):
         configuration = expand_ties(_from_file(spec), slots)
     check(configuration, slots, spec)
     return configuration
+
+
+def spec_key(spec):
+    """The specification and, of a file, what is in it."""
+    path = Path(str(spec).rpartition(":")[0] if ":" in str(spec) else str(spec))
+    return f"{spec} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else str(spec)
 
 
 def save(configuration, path):

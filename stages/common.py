@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import logging
 import math
 import os
@@ -183,6 +184,12 @@ def save_settings(args, path):
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     with atomic_write(path) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
+
+
+def check_extra(package, extra, what):
+    """InputError unless `package`, of an extra of this project, is installed; `what` says what needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{what}: pip install -e '.[{extra}]'")
 
 
 def run_stage(stage, family_name):

@@ -44,6 +44,7 @@ LABEL_FLAGS = (
     "a_l",
     "a_u",
     "published_noise",
+    "chosen_key",  # what --q_config names
     "halving_key",  # --budget_images, and among how many configurations
     "reference_key",  # what is in the folder of --reference
     "multiquantizer_key",  # what is in the file of --multi_chkpt
@@ -96,6 +97,12 @@ def parse_args(family):
     parser.add_argument("--n_imgs", type=at_least(2), default=1000, help="images per configuration")
     parser.add_argument("--a_l", type=share, default=0.0, help="least expected share of 3-bit weights")
     parser.add_argument("--a_u", type=share, default=1.0, help="largest expected share of 3-bit weights")
+    parser.add_argument(
+        "--q_config",
+        nargs="+",
+        default=[],
+        help="label these configurations, given as the infer scripts take them, not random ones",
+    )
     parser.add_argument("--reference", type=Path, help="folder of real images; default the one in constants.py")
     parser.add_argument("--published_noise", action="store_true", help="start every image from the same seed, as published")
     parser.add_argument("--keep_samples", action="store_true", help="keep the images in <outdir>/samples")
@@ -118,6 +125,8 @@ def parse_args(family):
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
     halving.check(args)
+    args.num_archs = len(args.q_config) or args.num_archs
+    args.chosen_key = ", ".join(map(config.spec_key, args.q_config)) or None
     return args
 
 

@@ -99,6 +99,8 @@ class Labeller:
             return encode_prompts(self.sampler, self.prompts, self.args.guidance, self.args.res)
 
     def configuration(self, index):
+        if self.args.q_config:
+            return config.load(self.args.q_config[index], self.slots)
         return config.draw_random(self.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
 
     def describe(self, indices):

@@ -6,7 +6,7 @@ from autobuild import graph
 from errors import InputError
 from models.families import FAMILIES
 from quant import config
-from stages.common import OneLineParser
+from stages.common import OneLineParser, check_extra
 
 
 def main():
@@ -14,10 +14,9 @@ def main():
     drawn = graph.of_family(args.family)
     if args.block is not None and args.block not in drawn.blocks:
         raise InputError(f"--block {args.block}: {args.family} has {', '.join(drawn.blocks[:3])} ... {drawn.blocks[-1]}")
-    try:
-        from autobuild import draw
-    except ImportError:
-        raise InputError("plot_dag.py needs igraph: pip install -e '.[autobuild]'") from None
+    check_extra("igraph", "autobuild", "plot_dag.py needs igraph")
+    from autobuild import draw
+
     output = args.output or Path("dag_plots") / f"{args.family}{f'_{args.block}' if args.block else ''}.png"
     if output.suffix not in (".png", ".svg"):
         raise InputError(f"--output {output}: must end in .png or .svg")

@@ -1,7 +1,7 @@
 """Who does a run's tasks: this process. Several processes and machines do as stages/ray_workers.py has it."""
 
-from errors import InputError
 from models import prompt_memo
+from stages.common import check_extra
 from stages.labeller import Labeller
 
 
@@ -10,10 +10,9 @@ def start_workers(job, device, extractor, watch):
     stored_prompts = StoredPrompts(job)
     if job.args.workers is None and job.args.ray_address is None:
         return ThisProcess(job, device, extractor, stored_prompts)
-    try:
-        from stages.ray_workers import RayWorkers
-    except ImportError:
-        raise InputError("--workers and --ray_address need Ray: pip install -e '.[distributed]'") from None
+    check_extra("ray", "distributed", "--workers and --ray_address need Ray")
+    from stages.ray_workers import RayWorkers
+
     return RayWorkers(job, watch, stored_prompts)
 
 

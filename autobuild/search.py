@@ -1,0 +1,86 @@
+"""From scores to a configuration: the best of each part by itself, or the best whole within a size.
+
+A part is what is chosen together: a unit of the graph with all combinations of its weights' methods, or one weight.
+Its scores add up to a configuration's, so the best one under a size is a multiple-choice knapsack, solved exactly.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from errors import InputError
+
+GAP = 1e-9  # of the solver, relative: what it may leave to the optimum
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    weights: np.ndarray  # [K] numbers of the weights that are chosen together
+    codes: np.ndarray  # [V, K] their methods in each variant
+    sizes: np.ndarray  # [V] bytes
+    scores: np.ndarray  # [V] higher is better
+
+
+def variants(space, weights):
+    """All combinations [V, K] of the known methods of some weights."""
+    return np.array(list(itertools.product(*(np.flatnonzero(space.is_known[weight]) for weight in weights))))
+
+
+def make_part(space, weights, codes, scores):
+    weights = np.asarray(weights)
+    return Part(weights, codes, space.size_bytes[weights, codes].sum(axis=1), np.asarray(scores, dtype=np.float64))
+
+
+def parts_of_weights(space, scores):
+    """A part for each weight, of scores [W, M]."""
+    places = range(len(space.keys))
+    return [make_part(space, [w], codes := variants(space, [w]), scores[w, codes[:, 0]]) for w in places]
+
+
+def top_one(space, parts):
+    """Codes [W] of each part's best variant, whatever its size (Mills et al., 2025); of equals the smallest."""
+    codes = np.zeros(len(space.keys), dtype=int)
+    for part in parts:
+        codes[part.weights] = part.codes[np.lexsort((part.sizes, -part.scores))[0]]
+    return codes
+
+
+def best_within(space, parts, avg_bits):
+    """Codes [W] with the largest total score of all with at most `avg_bits` average bits.
+
+    InputError if even the smallest configuration has more. Variants that another of their part beats in score at no
+    more bytes are left out first; a mixed-integer solver (HiGHS) takes one of the rest for each part.
+    """
+    limit = space.limit_bytes(avg_bits)
+    least = sum(part.sizes.min() for part in parts)
+    if least > limit:
+        smallest = avg_bits * least / limit
+        raise InputError(f"--avg_bits {avg_bits:g}: the smallest configuration of {space.family} has {smallest:.3f}")
+    kept = [undominated(part) for part in parts]
+    numbers = np.concatenate([np.full(len(each), number) for number, each in enumerate(kept)])
+    sizes = np.concatenate([part.sizes[each] for part, each in zip(parts, kept, strict=True)])
+    scores = np.concatenate([part.scores[each] for part, each in zip(parts, kept, strict=True)])
+    one_each = sparse.csr_array((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
+    found = milp(
+        -scores / max(np.abs(scores).max(), 1e-300),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / limit, ub=1)],
+        integrality=np.ones(len(numbers)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": GAP},
+    )
+    if found.x is None:
+        raise RuntimeError(f"the solver found no configuration: {found.message}")
+    codes = np.zeros(len(space.keys), dtype=int)
+    for number, part in enumerate(parts):
+        codes[part.weights] = part.codes[kept[number][np.argmax(found.x[numbers == number])]]
+    return codes
+
+
+def undominated(part):
+    """Numbers of the variants that no other beats in score at no more bytes, smallest first."""
+    order = np.lexsort((-part.scores, part.sizes))
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], part.scores[order][:-1]]))
+    return order[part.scores[order] > before]

@@ -1,0 +1,116 @@
+"""Sensitivity without labels: how far a denoiser's output moves when one weight alone takes a method.
+
+For those who have hours, not weeks. A few images are drawn in full precision; what the denoiser was asked at some of
+their steps is asked again with each weight under each method, and the mean squared change of its guided output taken.
+Such changes are small, so those of several weights add up, to first order, and the least sum is the best configuration.
+"""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from evaluation.images import noise_generators
+from models.inputs import map_tensors
+
+
+class Call(NamedTuple):
+    """One call of the denoiser in a pipeline, and what became of its output, of N images."""
+
+    arguments: dict
+    output: torch.Tensor  # [copies * N, C', h, w]; guidance asks for two copies of each image
+    guided: torch.Tensor  # [N, C, h, w] what the sampler was given; channels of C' beyond C tell the variance
+
+
+@torch.no_grad()
+def record_calls(sampler, prompts, settings, count):
+    """The denoiser's calls at `count` steps, evenly spaced, of the prompts' way from noise to images."""
+    denoiser, scheduler = sampler.denoiser, sampler.pipeline.scheduler
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    asked, guided = [], []
+    step = scheduler.step
+
+    def asking(_module, positional, named, output):
+        arguments = dict(zip(names, positional, strict=False)) | named
+        asked.append((map_tensors(torch.clone, arguments), output[0].clone()))
+
+    @functools.wraps(step)
+    def stepping(model_output, *args, **kwargs):
+        if len(guided) < len(asked):  # a refiner may step by the same sampler
+            guided.append(model_output[: len(prompts)].clone())
+        return step(model_output, *args, **kwargs)
+
+    handle = denoiser.register_forward_hook(asking, with_kwargs=True)
+    scheduler.step = stepping
+    try:
+        generators = noise_generators(settings.seed, range(len(prompts)))
+        sampler.images(prompts, generators, settings.steps, settings.guidance, settings.res)
+    finally:
+        handle.remove()
+        del scheduler.step
+    calls = [Call(*question, answer) for question, answer in zip(asked, guided, strict=True)]
+    return [calls[place] for place in np.unique(np.linspace(0, len(calls) - 1, count).round().astype(int))]
+
+
+class Probe:
+    """Asks a denoiser the same again and tells how far its guided output has moved; `together` calls at a time."""
+
+    def __init__(self, denoiser, calls, together):
+        self.denoiser = denoiser
+        self.groups = [calls[first : first + together] for first in range(0, len(calls), together)]
+        self.arguments = [merged([call.arguments for call in group], len(group[0].output)) for group in self.groups]
+        self.guidance = [guidance_weights(call) for call in calls]
+        self.before = [after for place in range(len(self.groups)) for after in self._ask(place)]
+        self.power = sum(_mean_square(each) for each in self.before) / len(calls)
+
+    @torch.no_grad()
+    def change(self):
+        """Mean squared change of the guided output, over its mean square as it was at first."""
+        after = [each for place in range(len(self.groups)) for each in self._ask(place)]
+        moved = [_mean_square(now - then) for now, then in zip(after, self.before, strict=True)]
+        return sum(moved) / len(moved) / self.power
+
+    @torch.no_grad()
+    def _ask(self, place):
+        """Guided outputs [N, C, h, w] of a group's calls."""
+        group = self.groups[place]
+        outputs = self.denoiser(**self.arguments[place])[0].chunk(len(group))
+        first = sum(len(each) for each in self.groups[:place])
+        return [
+            torch.einsum("k,k...->...", self.guidance[first + number], copies(output, call.guided))
+            for number, (output, call) in enumerate(zip(outputs, group, strict=True))
+        ]
+
+
+def _mean_square(values):
+    return float((values.double() ** 2).mean())
+
+
+def copies(output, guided):
+    """A call's output as float32 [copies, N, C, h, w]."""
+    return output.float().view(-1, len(guided), *output.shape[1:])[:, :, : guided.shape[1]]
+
+
+def guidance_weights(call):
+    """How the pipeline weights the copies of an image: guidance is a linear combination of them. By least squares."""
+    known = copies(call.output, call.guided).flatten(1).double().cpu()
+    weights = torch.linalg.lstsq(known.T, call.guided.flatten().double().cpu()[:, None]).solution[:, 0]
+    return weights.to(call.output.device, torch.float32)
+
+
+def merged(arguments, count):
+    """The arguments of several calls of `count` rows each as those of one."""
+    first = arguments[0]
+    if isinstance(first, dict):
+        return {name: merged([each[name] for each in arguments], count) for name in first}
+    if isinstance(first, list | tuple):
+        return type(first)(merged(list(each), count) for each in zip(*arguments, strict=True))
+    if not isinstance(first, torch.Tensor):
+        return first
+    if first.ndim == 0:  # a timestep
+        return torch.stack(arguments).repeat_interleave(count)
+    if len(first) in (1, count):
+        return torch.cat([each.expand(count, *each.shape[1:]) for each in arguments])
+    return first  # the same for every image, such as rotary embeddings

@@ -1,0 +1,117 @@
+"""The search space of a denoiser as labels know it: its graph, and of each weight what the six methods cost."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from autobuild import graph
+from errors import InputError
+from models.families import FAMILIES
+from quant.methods import METHODS, fp_size_bytes, quantized_size_bytes
+
+NAMES = tuple(METHODS)  # a method's code is its place here
+NUMBER = {name: code for code, name in enumerate(NAMES)}
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """W weights, in the graph's order, with M = 6 methods each. Weights that share their values are one."""
+
+    family: str
+    graph: graph.DenoiserGraph
+    keys: list[list[str]]  # [W] the configuration keys of each, several if it is shared
+    fp_bytes: np.ndarray  # [W] of all its keys
+    size_bytes: np.ndarray  # [W, M] quantized, with overhead, of all its keys
+    errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method
+
+    @cached_property
+    def place(self):
+        """{weight node: its number}."""
+        return {node: number for number, node in enumerate(self.graph.weights)}
+
+    @cached_property
+    def units(self):
+        return self.graph.units()
+
+    @property
+    def is_known(self):
+        """bool [W, M]."""
+        return np.isfinite(self.errors)
+
+    def codes(self, rows):
+        """Method codes [R, W] of labelled rows."""
+        firsts = [keys[0] for keys in self.keys]
+        return np.array([[NUMBER[row["config"][key][0]] for key in firsts] for row in rows])
+
+    def codes_of(self, configuration):
+        """Method codes [W] of a configuration {key: method}."""
+        return np.array([NUMBER[configuration[keys[0]]] for keys in self.keys])
+
+    def avg_bits(self, codes):
+        """Average bits of configurations, codes [..., W]."""
+        quantized = self.size_bytes[np.arange(len(self.keys)), codes].sum(axis=-1)
+        return FAMILIES[self.family].precision_bits * quantized / self.fp_bytes.sum()
+
+    def limit_bytes(self, avg_bits):
+        """Bytes that all weights together may take."""
+        return avg_bits * self.fp_bytes.sum() / FAMILIES[self.family].precision_bits
+
+    def configuration(self, codes):
+        """{key: method} of one configuration, codes [W]."""
+        return {key: NAMES[code] for keys, code in zip(self.keys, codes, strict=True) for key in keys}
+
+
+def of_rows(family, rows, name="labels"):
+    """The space that labelled rows are of; InputError, with the rows' `name`, if they are of another denoiser."""
+    drawn, keys = graph_and_keys(family)
+    check_keys(rows, keys, family, name)
+    fp_bytes = np.zeros(len(keys))
+    size_bytes, errors = (np.full((len(keys), len(NAMES)), np.nan) for _ in range(2))
+    for row in rows:
+        for place, each in enumerate(keys):
+            method, full, _, error = row["config"][each[0]]
+            code = NUMBER[method]
+            fp_bytes[place] = full * len(each)
+            size_bytes[place, code] = row["config"][each[0]][2] * len(each)
+            errors[place, code] = error
+    return SearchSpace(family, drawn, keys, fp_bytes, size_bytes, errors)
+
+
+def of_multiquantizer(family, slots, entries):
+    """The space of a denoiser whose methods are all fitted, as `multiquantizer.load` has it."""
+    drawn, keys = graph_and_keys(family)
+    bits = FAMILIES[family].precision_bits
+    shapes = [slots[each[0]].shape for each in keys]
+    counts = np.array([len(each) for each in keys])
+    return SearchSpace(
+        family,
+        drawn,
+        keys,
+        counts * [fp_size_bytes(shape, bits) for shape in shapes],
+        counts[:, None] * [[quantized_size_bytes(name, shape, bits) for name in NAMES] for shape in shapes],
+        np.array([[entries[each[0]]["errors"][name] for name in NAMES] for each in keys]),
+    )
+
+
+def graph_and_keys(family):
+    drawn = graph.of_family(family)
+    _, slots = graph.slots_of_family(family)
+    sharing = {}
+    for key, slot in slots.items():
+        sharing.setdefault(slot.tie, []).append(key)
+    return drawn, [sharing[node.name] for node in drawn.weights]
+
+
+def check_keys(rows, keys, family, name):
+    wanted = {key for each in keys for key in each}
+    for number, row in enumerate(rows, start=1):
+        unknown = next((key for key in row["config"] if key not in wanted), None)
+        if unknown:
+            raise InputError(f"{name}: row {number} has {unknown}, which is not of {family}; --family names the denoiser")
+        missing = next((each[0] for each in keys if each[0] not in row["config"]), None)
+        if missing:
+            raise InputError(f"{name}: row {number} lacks {missing}, which {family} has; --family names the denoiser")
+        method = next((value[0] for value in row["config"].values() if value[0] not in NUMBER), None)
+        if method:
+            raise InputError(f"{name}: row {number} has the unknown method {method!r}; known are {', '.join(NAMES)}")

@@ -1,0 +1,144 @@
+"""Built configurations against others of their size: `python -m benchmarks.configurations pixart_alpha`.
+
+At each average size: what a predictor's scores build, what asking the denoiser without labels builds, the same knapsack
+with weight errors for scores, and the best of random configurations drawn at that size; and the six uniform ones. All
+are measured afresh on an embedded model by *_eval_random.py: FID at the guidance that labels are made at, and the mean
+squared difference to full precision's images from the same noise, each with several seeds. Needs the multiquantizer,
+and predictors made by train_predictor.py. Everything is kept in --outdir, so an interrupted run goes on. Writes
+benchmarks/results/configurations_<family>.json.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from autobuild import search
+from autobuild import space as spaces
+from benchmarks.machine import write_result
+from evaluation import jsonl, quant_cache
+from models.families import FAMILIES
+from models.pipelines import load_denoiser, pick_device
+from quant import config, multiquantizer
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+POOL_SEED = 1000
+
+
+def main():
+    args = parse_args()
+    family = FAMILIES[args.family]
+    slots, entries = multiquantizer.load(args.multi_chkpt, load_denoiser(family, "embedded", pick_device("cpu")), family)
+    space = spaces.of_multiquantizer(family.name, slots, entries)
+    named = {f"uniform {name}": (None, f"uniform:{name}") for name in spaces.NAMES}
+    for bits in args.avg_bits:
+        named |= at_size(args, space, slots, bits)
+    measured = {name: {} for name in named}
+    for seed in args.seeds:
+        for name, row in zip(named, measure(args, f"seed_{seed}", seed, [spec for _, spec in named.values()]), strict=True):
+            measured[name][seed] = row
+    lines = [summary(name, bits, measured[name]) for name, (bits, _) in named.items()]
+    print("\n".join(table(lines, args)))
+    write_result(f"configurations_{family.name}", {"seeds": args.seeds, "n_imgs": args.n_imgs, "configurations": lines})
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=list(FAMILIES))
+    parser.add_argument("--avg_bits", type=float, nargs="+", default=[3.4, 3.7, 4.0])
+    parser.add_argument(
+        "--predictors", type=Path, nargs="*", default=[], help="built configurations are named by these files"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--n_imgs", type=int, default=250)
+    parser.add_argument("--num_random", type=int, default=10, help="random configurations drawn at each size")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--multi_chkpt", type=Path)
+    parser.add_argument("--outdir", type=Path)
+    args = parser.parse_args()
+    args.multi_chkpt = args.multi_chkpt or Path("multiquantizers") / f"{args.family}_embedded_mq.pt"
+    args.outdir = args.outdir or Path("demo") / f"{args.family}_configurations"
+    return args
+
+
+def at_size(args, space, slots, bits):
+    """{name: (bits, specification)} of the configurations that are compared at a size."""
+    folder = args.outdir / f"{bits:g}_bits"
+    found = {}
+    for path in args.predictors:
+        found[f"predictor {path.stem}"] = build(args, folder / f"{path.stem}.pkl", path, bits)
+    found["without labels"] = build(args, folder / "no_labels.pkl", "none", bits)
+    by_error = search.best_within(space, search.parts_of_weights(space, -space.errors), bits)
+    config.save(space.configuration(by_error), folder / "weight_error.pkl")
+    found["weight error"] = folder / "weight_error.pkl"
+    found[f"best of {args.num_random} random"] = best_random(args, space, slots, bits, folder)
+    return {f"{bits:g} bits, {name}": (bits, str(path)) for name, path in found.items()}
+
+
+def build(args, path, labels, bits):
+    command = ["build_config.py", "--family", args.family, "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
+    run([*command, "--labels", labels, "--avg_bits", bits, "--output", path])
+    return path
+
+
+def best_random(args, space, slots, bits, folder):
+    """The one with the lowest FID of random configurations brought down to a size."""
+    paths = [folder / f"random_{number}.pkl" for number in range(args.num_random)]
+    for number, path in enumerate(paths):
+        config.save(space.configuration(random_within(space, slots, bits, number)), path)
+    rows = measure(args, f"{bits:g}_bits/random", POOL_SEED, paths)
+    return paths[min(range(len(rows)), key=lambda place: rows[place]["FID-GT-1k"])]
+
+
+def random_within(space, slots, bits, number):
+    """Codes [W] of a random configuration, random weights of which take random smaller methods until it is small enough."""
+    rng = np.random.default_rng([POOL_SEED, number])
+    codes = space.codes_of(config.draw_random(slots, POOL_SEED, number))
+    while space.avg_bits(codes) > bits:
+        place = rng.integers(len(codes))
+        smaller = np.flatnonzero(space.size_bytes[place] < space.size_bytes[place, codes[place]])
+        if len(smaller):
+            codes[place] = rng.choice(smaller)
+    return codes
+
+
+def measure(args, name, seed, specs):
+    """Rows of the configurations, their proxies among them."""
+    outdir = args.outdir / name
+    command = [f"{args.family}_eval_random.py", "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
+    command += ["--outdir", outdir, "--seed", seed, "--n_imgs", args.n_imgs]
+    run([*command, *(["--workers", args.workers] if args.workers > 1 else []), "--q_config", *specs])
+    rows = quant_cache.load(outdir / "quant_cache.pkl")
+    proxies = jsonl.load(outdir / "quant_proxies.jsonl")
+    return [row | line for row, line in zip(rows, proxies, strict=True)]
+
+
+def run(command):
+    script, *flags = map(str, command)
+    subprocess.run([sys.executable, str(SCRIPTS / script), *flags], check=True)
+
+
+def summary(name, bits, rows):
+    """Means and standard deviations over seeds {seed: row}."""
+    first = next(iter(rows.values()))
+    line = {"name": name, "at_bits": bits, "avg_bits": first["avg_bits"]}
+    for number in ("FID-GT-1k", "image_mse", "feature_mse"):
+        values = [row[number] for row in rows.values()]
+        line |= {number: float(np.mean(values)), f"{number} std": float(np.std(values)), f"{number} by seed": values}
+    return line
+
+
+def table(lines, args):
+    yield f"{args.family}, {args.n_imgs} images, mean and standard deviation over {len(args.seeds)} seeds"
+    yield f"{'configuration':<44}{'avg_bits':>9}{'FID':>8}{'':>8}{'image MSE':>11}"
+    for line in lines:
+        yield (
+            f"{line['name']:<44}{line['avg_bits']:>9.3f}{line['FID-GT-1k']:>8.3f} ±{line['FID-GT-1k std']:<6.3f}"
+            f"{line['image_mse']:>10.5f} ±{line['image_mse std']:.5f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

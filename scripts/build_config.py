@@ -1,0 +1,11 @@
+"""Build a configuration within a size from a predictor of train_predictor.py, or without any labels.
+
+python scripts/build_config.py --family pixart_alpha --labels predictors/pixart_alpha.pt --avg_bits 3.7
+python scripts/build_config.py --family dit --labels none --model_id embedded --avg_bits 4 --output quant_configs/dit_40.pkl
+"""
+
+from stages import build_config
+from stages.common import run_main
+
+if __name__ == "__main__":
+    run_main(build_config.main)

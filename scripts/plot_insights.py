@@ -1,0 +1,11 @@
+"""Draw which blocks, subgraphs and operations of a denoiser suffer from quantization, as pictures and tables.
+
+python scripts/plot_insights.py --family pixart_alpha --labels predictors/pixart_alpha.pt
+python scripts/plot_insights.py --family dit --labels none --model_id embedded --q_config quant_configs/dit_40.pkl
+"""
+
+from stages import plot_insights
+from stages.common import run_main
+
+if __name__ == "__main__":
+    run_main(plot_insights.main)

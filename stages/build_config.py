@@ -1,0 +1,48 @@
+"""Build a configuration from scores: the best within a size, or each subgraph's best."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+from errors import InputError
+from quant import config
+from stages.common import check_extra, finite, log
+from stages.score_sources import load_scores, parse, parser_of
+
+
+def main():
+    family, args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    check_extra("torch_geometric", "autobuild", "build_config.py needs PyTorch Geometric")
+    from autobuild import search
+
+    scores = load_scores(args, family)
+    if args.choice == "top1":
+        codes = search.top_one(scores.space, scores.published_parts())
+    else:
+        codes = search.best_within(scores.space, scores.parts(), args.avg_bits)
+    configuration = scores.space.configuration(codes)
+    config.save(configuration, args.output)
+    counts = Counter(configuration.values())
+    print(f"{args.output}: average {scores.space.avg_bits(codes):.3f} bits")
+    print(", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=counts.get, reverse=True)))
+
+
+def parse_args():
+    family, parser = parser_of("build_config", "build a configuration from what a predictor learned, or without labels")
+    parser.add_argument("--avg_bits", type=finite, help="at most so many bits per weight, parameters included")
+    parser.add_argument(
+        "--choice",
+        choices=["knapsack", "top1"],
+        default="knapsack",
+        help="the best total within --avg_bits, exactly; or the paper's, each subgraph's best whatever its size",
+    )
+    parser.add_argument("--output", type=Path, help="file to write; default quant_configs/<family>_<10 x avg_bits>.pkl")
+    args = parse(parser, family)
+    if (args.choice == "knapsack") != (args.avg_bits is not None):
+        raise InputError("--avg_bits goes with --choice knapsack, and is needed there")
+    if args.output is None:
+        size = "top1" if args.avg_bits is None else f"{10 * args.avg_bits:g}"
+        args.output = Path("quant_configs") / f"{family.name}_{size}.pkl"
+    return family, args

@@ -1,0 +1,36 @@
+"""Draw what scores say of blocks, subgraphs, operations and weights."""
+
+import logging
+from pathlib import Path
+
+from quant import config
+from stages.common import check_extra, finite, log
+from stages.score_sources import load_scores, parse, parser_of
+
+
+def main():
+    family, args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    check_extra("torch_geometric", "autobuild", "plot_insights.py needs PyTorch Geometric")
+    from autobuild import insights, search
+    from autobuild.graph import slots_of_family
+
+    scores = load_scores(args, family)
+    space = scores.space
+    if args.q_config is None:
+        codes = search.best_within(space, scores.parts(), args.avg_bits)
+    else:
+        codes = space.codes_of(config.load(args.q_config, slots_of_family(family.name)[1]))
+    for path in insights.draw_all(space, scores.of_weights(), scores.published_parts(), codes, family.title, args.outdir):
+        print(path)
+
+
+def parse_args():
+    family, parser = parser_of("plot_insights", "draw which blocks, subgraphs and operations suffer from quantization")
+    parser.add_argument("--q_config", help="configuration whose methods are drawn, as the infer scripts take it")
+    parser.add_argument("--avg_bits", type=finite, default=4.0, help="without --q_config: draw the best one within this")
+    parser.add_argument("--outdir", type=Path, help="where to write; default insights/<family>")
+    args = parse(parser, family)
+    args.outdir = args.outdir or Path("insights") / family.name
+    return family, args

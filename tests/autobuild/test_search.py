@@ -1,0 +1,71 @@
+"""Searches, against going through all configurations."""
+
+import itertools
+
+import numpy as np
+import pytest
+from small_space import small_space
+
+from autobuild import search
+from errors import InputError
+
+
+@pytest.fixture(scope="module")
+def space():
+    return small_space()
+
+
+def parts_of(space, sets, seed):
+    rng = np.random.default_rng(seed)
+    for weights in sets:
+        codes = search.variants(space, weights)
+        yield search.make_part(space, weights, codes, rng.normal(size=len(codes)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
+def test_the_best_within_a_size_is_the_best_of_all(space, seed, share):
+    sets = [[0], [1, 2], [3, 4]]
+    parts = list(parts_of(space, sets, seed))
+    rest = [search.make_part(space, [w], np.array([[5]]), [0.0]) for w in range(5, len(space.keys))]
+    totals = [
+        (
+            sum(p.scores[i] for p, i in zip(parts, each, strict=True)),
+            sum(p.sizes[i] for p, i in zip(parts, each, strict=True)),
+        )
+        for each in itertools.product(*(range(len(part.codes)) for part in parts))
+    ]
+    fixed = sum(part.sizes[0] for part in rest)
+    least, most = min(size for _, size in totals), max(size for _, size in totals)
+    limit = least + share * (most - least)
+    avg_bits = 16 * (limit + fixed) / space.fp_bytes.sum()
+    codes = search.best_within(space, [*parts, *rest], avg_bits)
+    assert space.avg_bits(codes) <= avg_bits + 1e-9
+    found = sum(p.scores[np.flatnonzero((p.codes == codes[p.weights]).all(axis=1))[0]] for p in parts)
+    assert found == pytest.approx(max(score for score, size in totals if size <= limit + 1e-6))
+
+
+def test_nothing_is_small_enough(space):
+    parts = search.parts_of_weights(space, -space.errors)
+    with pytest.raises(InputError, match=r"--avg_bits 2: the smallest configuration of pixart_alpha has 3\.1"):
+        search.best_within(space, parts, 2)
+
+
+def test_top_one_is_each_parts_best_and_the_smaller_of_equals(space):
+    parts = list(parts_of(space, [[w] for w in range(len(space.keys))], 0))
+    parts[0] = search.make_part(space, [0], parts[0].codes, [1, 1, 0, 0, 1, 0])
+    codes = search.top_one(space, parts)
+    assert codes[0] == 1  # of 0, 1 and 4 it has the fewest bytes
+    assert all(part.scores[codes[w]] == part.scores.max() for w, part in enumerate(parts))
+
+
+def test_methods_that_labels_have_not_seen_are_not_chosen():
+    space = small_space()
+    space.errors[2, [0, 4]] = np.nan
+    assert search.variants(space, [2]).tolist() == [[1], [2], [3], [5]]
+    assert len(search.variants(space, [1, 2])) == 24
+
+
+def test_undominated():
+    part = search.Part(np.array([0]), np.arange(5)[:, None], np.array([3.0, 1, 2, 2, 3]), np.array([5.0, 1, 1, 4, 3]))
+    assert search.undominated(part).tolist() == [1, 3, 0]

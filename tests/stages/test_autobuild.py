@@ -1,0 +1,176 @@
+"""Predictor, search, insights and search without labels, as users run them."""
+
+import csv
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_stages import EVAL, mq  # noqa: F401
+
+from autobuild import graph, space
+from evaluation import jsonl, quant_cache
+from quant import config
+from stages import build_config, eval_random, plot_insights, train_predictor
+from stages.common import log, run_main
+
+LABELS = ROOT / "labels" / "pixart_alpha_embedded"
+ROWS = 60
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(stage, *flags):
+        monkeypatch.setattr("sys.argv", [f"{stage.__name__.split('.')[-1]}.py", *map(str, flags)])
+        code = 0
+        try:
+            run_main(stage.main)
+        except SystemExit as ending:
+            code = ending.code
+        finally:
+            log.handlers.clear()
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The first rows of the labels that come with the program, and their proxies."""
+    folder = tmp_path_factory.mktemp("cache")
+    quant_cache.save(quant_cache.load(LABELS / "quant_cache.pkl")[:ROWS], folder / "quant_cache.pkl")
+    shutil.copy(LABELS / "quant_proxies.jsonl", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """A predictor, briefly trained, and what its training printed."""
+    path = tmp_path_factory.mktemp("predictor") / "p.pt"
+    command = [sys.executable, str(ROOT / "scripts/train_predictor.py"), "--family", "pixart_alpha", "--cache", str(cache)]
+    command += ["--epochs", "4", "--output", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return path, done.stdout
+
+
+def test_training(trained):
+    _, printed = trained
+    lines = {line[:34].strip(): line[34:].split() for line in printed.splitlines()}
+    assert "pixart_alpha, 60 rows, target -1*log(FID-GT-1k), hybrid" in printed
+    for name in ("predictor", "average bits", "sum of errors", "ridge on one-hot methods"):
+        mean, *folds = map(float, lines[name])
+        assert len(folds) == 5 and mean == pytest.approx(np.mean(folds), abs=0.01)
+    assert float(lines["predictor"][0]) > 0.5
+    assert "FutureWarning" not in printed
+
+
+def test_a_configuration_within_a_size(trained, tmp_path, run):
+    output = tmp_path / "c.pkl"
+    flags = ("--family", "pixart_alpha", "--labels", trained[0], "--avg_bits", 3.7, "--output", output)
+    code, printed = run(build_config, *flags)
+    assert code == 0 and f"{output}: average 3." in printed
+    slots = graph.slots_of_family("pixart_alpha")[1]
+    chosen = config.load(output, slots)
+    rows = quant_cache.load(LABELS / "quant_cache.pkl")
+    known = space.of_rows("pixart_alpha", rows)
+    assert 3.65 < known.avg_bits(known.codes_of(chosen)) <= 3.7
+
+
+def test_the_papers_choice(trained, tmp_path, run):
+    output = tmp_path / "c.pkl"
+    flags = ("--family", "pixart_alpha", "--labels", trained[0], "--choice", "top1", "--output", output)
+    code, printed = run(build_config, *flags)
+    assert code == 0 and "learned -1*log(FID-GT-1k) from 60 rows" in printed
+    assert output.exists()
+
+
+def test_insights(trained, tmp_path, run):
+    code, printed = run(
+        plot_insights,
+        "--family",
+        "pixart_alpha",
+        "--labels",
+        trained[0],
+        "--q_config",
+        "uniform:mse-4",
+        "--outdir",
+        tmp_path,
+    )
+    assert code == 0, printed
+    for name in ("scores_by_block", "scores_by_subgraph", "scores_by_operation", "methods_by_operation"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width > 600
+    ranking = list(csv.DictReader((tmp_path / "ranking.csv").open()))
+    assert len(ranking) == 287 and all(row["chosen"] == "mse-4" for row in ranking)
+    spreads = [float(row["spread"]) for row in ranking]
+    assert spreads == sorted(spreads, reverse=True)
+    blocks = [row["block"] for row in csv.DictReader((tmp_path / "scores_by_block.csv").open())]
+    assert len(blocks) == 29
+    kinds = {row["kind of subgraph"] for row in csv.DictReader((tmp_path / "scores_by_subgraph.csv").open())}
+    assert {"self-attention", "cross-attention", "feed-forward"} < kinds
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--family", "dit"),
+            "row 1 has model.adaln_single.emb.timestep_embedder.linear_1.weight_quantizer, which is not of dit",
+        ),
+        (("--family", "pixart_alpha", "--target", "FID + avg"), "'FID' is not understood; the labels have"),
+        (("--family", "pixart_alpha", "--target", "log(0 - avg_bits)"), "0 of 60 rows have a number for --target"),
+    ],
+)
+def test_training_refuses(cache, run, tmp_path, flags, expected):
+    code, printed = run(train_predictor, *flags, "--cache", cache, "--output", tmp_path / "p.pt")
+    assert code == 2 and expected in printed and printed.count("\n") == 1
+
+
+def test_too_few_rows(tmp_path, run):
+    quant_cache.save(quant_cache.load(LABELS / "quant_cache.pkl")[:12], tmp_path / "quant_cache.pkl")
+    code, printed = run(train_predictor, "--family", "pixart_alpha", "--cache", tmp_path, "--output", tmp_path / "p.pt")
+    assert code == 2 and "a predictor needs at least 40" in printed
+
+
+def test_a_predictor_of_another_family(trained, run, tmp_path):
+    flags = ("--labels", trained[0], "--avg_bits", 4, "--output", tmp_path / "c.pkl")
+    code, printed = run(build_config, "--family", "dit", *flags)
+    assert code == 2 and "is a predictor of pixart_alpha, not of dit" in printed
+    code, printed = run(build_config, "--family", "pixart_alpha", *flags[:2], "--avg_bits", 2, *flags[4:])
+    assert code == 2 and "--avg_bits 2: the smallest configuration of pixart_alpha has" in printed
+    code, printed = run(build_config, "--family", "pixart_alpha", *flags[:2])
+    assert code == 2 and "--avg_bits goes with --choice knapsack" in printed
+
+
+def test_without_labels(mq, tmp_path, run):  # noqa: F811
+    said, output = tmp_path / "said.jsonl", tmp_path / "c.pkl"
+    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 4)
+    flags += ("--n_imgs", 2, "--calls", 2, "--sensitivity", said, "--avg_bits", 4, "--output", output)
+    code, printed = run(build_config, *flags)
+    assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed
+    lines = jsonl.load(said)
+    assert len(lines) == 202
+    whole = said.read_bytes()
+    jsonl.save(lines[:150], said)  # as an interrupted run leaves it
+    first = output.read_bytes()
+    code, printed = run(build_config, *flags)
+    assert code == 0 and output.read_bytes() == first
+    assert [line["weight"] for line in jsonl.load(said)[1:]] == [line["weight"] for line in lines[1:]]
+    assert len(said.read_bytes()) == pytest.approx(len(whole), rel=0.01)
+    code, printed = run(build_config, *flags, "--calls", 3)
+    assert code == 2 and "was measured with calls 2, not 3; give another --sensitivity" in printed
+
+
+def test_chosen_configurations_are_labelled(mq, tmp_path, run_script):  # noqa: F811
+    chosen = ["uniform:mse-4", "uniform:kmeans_all-3"]
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path / "out", "--q_config", *chosen)
+    code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 0, printed
+    rows = quant_cache.load(tmp_path / "out" / "quant_cache.pkl")
+    assert [{value[0] for value in row["config"].values()} for row in rows] == [{"mse-4"}, {"kmeans_all-3"}]
+    code, printed = run_script(eval_random, "dit", *flags[:-1], "uniform:mse-3")
+    assert code == 2 and "were made with chosen_key uniform:mse-4, uniform:kmeans_all-3" in printed
