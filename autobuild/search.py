@@ -13,7 +13,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from errors import InputError
 
-GAP = 1e-9  # of the solver, relative: what it may leave to the optimum
+GAP = 1e-7  # of the solver, relative: what it may leave to the optimum
+UNITS = 1e4  # in which it counts the spare bytes: its tolerance is a millionth of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,29 +55,43 @@ def best_within(space, parts, avg_bits):
     InputError if even the smallest configuration has more. Variants that another of their part beats in score at no
     more bytes are left out first; a mixed-integer solver (HiGHS) takes one of the rest for each part.
     """
-    limit = space.limit_bytes(avg_bits)
-    least = sum(part.sizes.min() for part in parts)
-    if least > limit:
-        smallest = avg_bits * least / limit
+    spare = space.limit_bytes(avg_bits) - sum(part.sizes.min() for part in parts)
+    if spare < 0:
+        smallest = avg_bits * (1 - spare / space.limit_bytes(avg_bits))
         raise InputError(f"--avg_bits {avg_bits:g}: the smallest configuration of {space.family} has {smallest:.3f}")
     kept = [undominated(part) for part in parts]
-    numbers = np.concatenate([np.full(len(each), number) for number, each in enumerate(kept)])
-    sizes = np.concatenate([part.sizes[each] for part, each in zip(parts, kept, strict=True)])
-    scores = np.concatenate([part.scores[each] for part, each in zip(parts, kept, strict=True)])
-    one_each = sparse.csr_array((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
+    chosen = _solve(
+        [part.scores[each] - part.scores.max() for part, each in zip(parts, kept, strict=True)],
+        [part.sizes[each] - part.sizes.min() for part, each in zip(parts, kept, strict=True)],
+        spare,
+    )
+    codes = np.zeros(len(space.keys), dtype=int)
+    for part, each, variant in zip(parts, kept, chosen, strict=True):
+        codes[part.weights] = part.codes[each[variant]]
+    return codes
+
+
+def _solve(scores, sizes, limit):
+    """The number of one variant of each part: the largest sum of scores at a sum of sizes of at most `limit`."""
+    numbers = np.concatenate([np.full(len(each), number) for number, each in enumerate(scores)])
+    scores, sizes = np.concatenate(scores), np.concatenate(sizes)
+    unit = max(limit, 1) / UNITS
     found = milp(
         -scores / max(np.abs(scores).max(), 1e-300),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / limit, ub=1)],
+        constraints=[
+            LinearConstraint(sparse.csr_array((np.ones(len(numbers)), (numbers, np.arange(len(numbers))))), 1, 1),
+            LinearConstraint(sizes[None] / unit, ub=limit / unit),
+        ],
         integrality=np.ones(len(numbers)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": GAP},
     )
     if found.x is None:
         raise RuntimeError(f"the solver found no configuration: {found.message}")
-    codes = np.zeros(len(space.keys), dtype=int)
-    for number, part in enumerate(parts):
-        codes[part.weights] = part.codes[kept[number][np.argmax(found.x[numbers == number])]]
-    return codes
+    chosen = [int(np.argmax(found.x[numbers == number])) for number in range(numbers[-1] + 1)]
+    if sum(sizes[numbers == number][place] for number, place in enumerate(chosen)) > limit:
+        raise RuntimeError("the solver's configuration is too large")
+    return chosen
 
 
 def undominated(part):

@@ -53,7 +53,12 @@ def test_folds_share_the_rows(folds, task):
 
 
 def test_the_same_seed_trains_the_same(task, folds):
-    again = training.train_fold(task, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that train folds
+    try:
+        again = training.train_fold(task, 3)
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(again.state[name], tensor) for name, tensor in folds[3].state.items())
 
 
