@@ -11,6 +11,8 @@ over its subgraphs, which is what a search needs. A few hundred labels cannot te
 of three hundred matters more than the rest; a factor per layer type they can.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -174,6 +176,17 @@ def side_by_side(edges, size, count):
     """The edges [2, E] of `count` equal graphs of `size` nodes, a self-loop added to each node."""
     edges = torch.cat([edges, torch.arange(size).expand(2, -1)], dim=1)
     return (edges[:, None] + size * torch.arange(count)[None, :, None]).flatten(1)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Small graphs are not worth sharing out: threads wait for one another longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_predictor(tensors, state):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autobuild.predictor import GraphTensors, load_predictor, side_by_side
+from autobuild.predictor import GraphTensors, load_predictor, one_thread, side_by_side
 from autobuild.search import make_part, parts_of_weights, variants
 
 NODES_AT_ONCE = 30_000  # of small graphs side by side, to bound memory
@@ -28,14 +28,16 @@ class LearnedScores:
 
     def parts(self):
         """The units, each variant with what it adds to the predicted target, but for a constant: mean over folds."""
-        return [self._part(unit, as_published=False) for unit in self._units()]
+        return self._parts(as_published=False)
 
     def published_parts(self):
         """The units with the paper's scores."""
-        return [self._part(unit, as_published=True) for unit in self._units()]
+        return self._parts(as_published=True)
 
-    def _units(self):
-        return tqdm(self.space.units, desc="subgraphs", unit="subgraph", leave=False)
+    def _parts(self, as_published):
+        with one_thread():
+            units = tqdm(self.space.units, desc="subgraphs", unit="subgraph", leave=False)
+            return [self._part(unit, as_published) for unit in units]
 
     @torch.no_grad()
     def _part(self, unit, as_published):

@@ -1,5 +1,6 @@
 """The search space of a denoiser as labels know it: its graph, and of each weight what the six methods cost."""
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,7 +95,9 @@ def of_multiquantizer(family, slots, entries):
     )
 
 
+@functools.cache  # tracing takes seconds
 def graph_and_keys(family):
+    """A family's graph, and of each of its weights the configuration keys."""
     drawn = graph.of_family(family)
     _, slots = graph.slots_of_family(family)
     sharing = {}

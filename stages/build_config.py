@@ -1,19 +1,16 @@
 """Build a configuration from scores: the best within a size, or each subgraph's best."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 
 from errors import InputError
 from quant import config
-from stages.common import check_extra, finite, log
+from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 
 
 def main():
     family, args = parse_args()
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
     check_extra("torch_geometric", "autobuild", "build_config.py needs PyTorch Geometric")
     from autobuild import search
 

@@ -1,17 +1,14 @@
 """Draw what scores say of blocks, subgraphs, operations and weights."""
 
-import logging
 from pathlib import Path
 
 from quant import config
-from stages.common import check_extra, finite, log
+from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 
 
 def main():
     family, args = parse_args()
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
     check_extra("torch_geometric", "autobuild", "plot_insights.py needs PyTorch Geometric")
     from autobuild import insights, search
     from autobuild.graph import slots_of_family

@@ -20,7 +20,6 @@ from stages.common import (
     add_sampling_flags,
     at_least,
     load_for,
-    log,
     parse_sampling,
     parser_for,
 )
@@ -71,7 +70,7 @@ def learned(path, family):
     from autobuild.scores import LearnedScores
 
     space, states, told = predictor_file.load(path, family.name)
-    log.info("%s: learned %s from %d rows", path, told["target"], told["rows"])
+    print(f"{path}: learned {told['target']} from {told['rows']} rows")
     return LearnedScores(space, states)
 
 

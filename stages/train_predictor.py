@@ -1,6 +1,5 @@
 """Train a predictor on labelled configurations."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from errors import InputError
 from models.families import FAMILIES
 from stages import label_runs
-from stages.common import OneLineParser, at_least, check_extra, log, seed
+from stages.common import OneLineParser, at_least, check_extra, seed
 
 LEAST_ROWS = 40  # of a cache: a fold is tested on eight
 
@@ -20,8 +19,6 @@ def main():
     from autobuild.predictor import GraphTensors
     from autobuild.targets import evaluate
 
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
     rows, numbers = read_labels(args)
     targets = evaluate(args.target, numbers)
     usable = np.flatnonzero(np.isfinite(targets))
@@ -31,7 +28,7 @@ def main():
             f"a predictor needs at least {LEAST_ROWS}, a few hundred are better: label more with *_eval_random.py"
         )
     if len(usable) < len(rows):
-        log.warning("%d of %d rows have no number for the target and are left out", len(rows) - len(usable), len(rows))
+        print(f"{len(rows) - len(usable)} of {len(rows)} rows have no number for the target and are left out")
     rows, targets = [rows[place] for place in usable], targets[usable]
     known = space.of_rows(args.family, rows, str(args.cache[0]))
     task = training.Task(GraphTensors(known), known.codes(rows), targets, args.loss, args.epochs, args.seed)

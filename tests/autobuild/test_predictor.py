@@ -7,7 +7,7 @@ from small_space import random_codes, small_space
 
 from autobuild import predictor_file, search, training
 from autobuild import space as spaces
-from autobuild.predictor import GraphTensors, Predictor
+from autobuild.predictor import GraphTensors, Predictor, one_thread
 from autobuild.scores import LearnedScores, nodes_before
 from errors import InputError
 
@@ -53,12 +53,8 @@ def test_folds_share_the_rows(folds, task):
 
 
 def test_the_same_seed_trains_the_same(task, folds):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that train folds
-    try:
+    with one_thread():  # as the processes that train folds
         again = training.train_fold(task, 3)
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(again.state[name], tensor) for name, tensor in folds[3].state.items())
 
 
