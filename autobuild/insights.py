@@ -27,6 +27,7 @@ COLOURS = {  # four bits light, three bits dark
 }
 SUBGRAPHS = {"attn": "attention", "attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward"}
 OUTSIDE = "outside"
+LONG = 25  # characters of a name beside an axis
 
 
 def title_of(method):
@@ -107,14 +108,18 @@ def draw_boxes(groups, title, what, path):
         boxprops={"facecolor": BOX, "edgecolor": INK, "linewidth": 0.8},
         medianprops={"color": INK},
     )
+    # A few weights suffer a hundred times more than the rest.
+    values = np.abs(np.concatenate([np.asarray(each) for each in groups.values()]))
+    axes.set_yscale("symlog", linthresh=max(float(np.median(values)), 1e-12))
     axes.set_xticks(range(1, len(groups) + 1), _short(groups), rotation=60, ha="right", fontsize=8)
     axes.set_xlabel(what, color=INK)
     _save(figure, path)
 
 
 def _short(names):
-    """Names without what all blocks' have in common."""
-    return [re.sub(r"^(transformer_blocks|blocks)\.", "", name) for name in names]
+    """Names without what all blocks' have in common, and the last two pieces of long ones."""
+    short = [re.sub(r"^(transformer_blocks|blocks)\.", "", name) for name in names]
+    return [".".join(name.split(".")[-2:]) if len(name) > LONG else name for name in short]
 
 
 def draw_bars(chosen, title, path):
@@ -125,7 +130,7 @@ def draw_bars(chosen, title, path):
         shares = np.array([methods.count(method) / len(methods) for methods in chosen.values()])
         axes.bar(range(len(chosen)), shares, 0.75, bottom, color=colour, label=title_of(method))
         bottom += shares
-    axes.set_xticks(range(len(chosen)), list(chosen), rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(len(chosen)), _short(chosen), rotation=60, ha="right", fontsize=8)
     axes.legend(frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     _save(figure, path)
 

@@ -119,7 +119,7 @@ def test_insights(trained, tmp_path, run):
     [
         (
             ("--family", "dit"),
-            "row 1 has model.adaln_single.emb.timestep_embedder.linear_1.weight_quantizer, which is not of dit",
+            "which is not of dit; --family names the denoiser",
         ),
         (("--family", "pixart_alpha", "--target", "FID + avg"), "'FID' is not understood; the labels have"),
         (("--family", "pixart_alpha", "--target", "log(0 - avg_bits)"), "0 of 60 rows have a number for --target"),
