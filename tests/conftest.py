@@ -1,6 +1,7 @@
 """Small things that several tests share."""
 
 import functools
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ TINY = {
     },
     "dit": TINY_XL2 | {"num_embeds_ada_norm": 10},
 }
+# Flags of a short labelling run.
+EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
 SPLIT_FAMILIES = [name for name, family in FAMILIES.items() if family.splits]
 
 
@@ -108,6 +111,29 @@ def load_tiny(tiny_mq):
         return multiquantizer.load(tiny_mq(name), tiny(name), FAMILIES[name])
 
     return lambda name: (tiny(name), *load(name))
+
+
+def script(name, *flags):
+    return [sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
+
+
+@pytest.fixture(scope="session")
+def mq(tmp_path_factory):
+    """The embedded DiT's multiquantizer, built by its script."""
+    path = tmp_path_factory.mktemp("mq") / "dit_embedded_mq.pt"
+    command = [sys.executable, "scripts/dit_multiquantizer.py", "--model_id", "embedded", "--output", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "201 layers fitted" in done.stdout and "layer 201/201" in done.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def labels(mq, tmp_path_factory):
+    """Three labelled configurations of the embedded DiT, made in one go."""
+    folder = tmp_path_factory.mktemp("labels")
+    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return folder
 
 
 @pytest.fixture

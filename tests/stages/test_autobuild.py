@@ -7,9 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import EVAL, ROOT
 from PIL import Image
-from test_stages import EVAL, mq  # noqa: F401
 
 from autobuild import graph, space
 from evaluation import jsonl, quant_cache
@@ -146,7 +145,7 @@ def test_a_predictor_of_another_family(trained, run, tmp_path):
     assert code == 2 and "--avg_bits goes with --choice knapsack" in printed
 
 
-def test_without_labels(mq, tmp_path, run):  # noqa: F811
+def test_without_labels(mq, tmp_path, run):
     said, output = tmp_path / "said.jsonl", tmp_path / "c.pkl"
     flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 4)
     flags += ("--n_imgs", 2, "--calls", 2, "--sensitivity", said, "--avg_bits", 4, "--output", output)
@@ -165,7 +164,7 @@ def test_without_labels(mq, tmp_path, run):  # noqa: F811
     assert code == 2 and "was measured with calls 2, not 3; give another --sensitivity" in printed
 
 
-def test_chosen_configurations_are_labelled(mq, tmp_path, run_script):  # noqa: F811
+def test_chosen_configurations_are_labelled(mq, tmp_path, run_script):
     chosen = ["uniform:mse-4", "uniform:kmeans_all-3"]
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path / "out", "--q_config", *chosen)
     code, printed = run_script(eval_random, "dit", *flags)

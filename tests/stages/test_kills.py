@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_stages import EVAL, script
+from conftest import EVAL, script
 
 KILLS = int(os.environ.get("KILLS", 2))
 SEED = int(os.environ.get("KILLS_SEED", 0))

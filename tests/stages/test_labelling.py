@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import EVAL, script
 from PIL import Image
 from skimage.metrics import structural_similarity
-from test_stages import EVAL, labels, mq, script  # noqa: F401
 
 from errors import InputError
 from evaluation import jsonl, quant_cache
@@ -37,7 +37,7 @@ def measured(monkeypatch):
     return tasks
 
 
-def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):  # noqa: F811
+def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):
     """Worked out again from the PNG files by other code."""
     flags = (*TASKS, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 2, "--keep_samples")
     assert run_script(eval_random, "dit", *flags)[0] == 0
@@ -59,7 +59,7 @@ def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):  # noqa: F
     assert np.array_equal(kept, np.stack(pictures[0]))
 
 
-def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):  # noqa: F811
+def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):
     """A run cut off between tasks goes on from the parts; a damaged or foreign one is measured again."""
     flags = (*TASKS, "--multi_chkpt", mq, "--num_archs", 1)
     assert run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "whole")[0] == 0
@@ -85,7 +85,7 @@ def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):  
     assert not parts.folder.exists()
 
 
-def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, run_script, monkeypatch):
     """As on a GPU; the labels are the same."""
     monkeypatch.setattr(labeller.Labeller, "judges", lambda self: ThreadPoolExecutor(max_workers=1))
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
@@ -93,7 +93,7 @@ def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, r
     assert (tmp_path / "quant_cache.pkl").read_bytes() == (labels / "quant_cache.pkl").read_bytes()
 
 
-def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_script, measured):  # noqa: F811
+def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_script, measured):
     folder = tmp_path / "labels"
     shutil.copytree(labels, folder)
     (folder / "full_precision" / "latents.npy").write_bytes(b"")
@@ -104,7 +104,7 @@ def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_sc
         assert (folder / "full_precision" / name).read_bytes() == (labels / "full_precision" / name).read_bytes()
 
 
-def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path):  # noqa: F811
+def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path):
     """Files may not grow over 100 kB: full precision's pictures do not fit."""
     command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
@@ -124,7 +124,7 @@ def test_parts_of_another_length_are_not_used(tmp_path):
     assert parts.load(task) is None
 
 
-def test_halving_measures_the_better_ones_further(labels, mq, tmp_path, run_script, measured):  # noqa: F811
+def test_halving_measures_the_better_ones_further(labels, mq, tmp_path, run_script, measured):
     """Of six configurations on 4 images two go on to all 12; their rows are those of a run of all."""
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 6, "--budget_images", 4, "--batch_size", 1)
     code, printed = run_script(eval_random, "dit", *flags)

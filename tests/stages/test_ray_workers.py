@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_stages import mq, script  # noqa: F401
+from conftest import script
 
 from stages import eval_random
 from stages.labeller import Task
@@ -14,7 +14,7 @@ FLAGS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps",
 
 
 @pytest.mark.parametrize("family", ["dit", "sdv15"])
-def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):  # noqa: F811
+def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):
     """Four workers share two configurations of three tasks each."""
     if family != "dit":
         mq = tmp_path / "mq.pt"
@@ -31,7 +31,7 @@ def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):  #
     assert all(result == results[0] for result in results)
 
 
-def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):  # noqa: F811
+def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):
     flags = (*FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 1, "--steps", 2000)
     code, printed = run_script(eval_random, "dit", *flags)
     assert code == 2 and printed.strip().splitlines()[-1].startswith("error: --steps 2000: embedded has 1000 noise levels")
@@ -44,13 +44,13 @@ def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):  # n
         (("--ray_address", "127.0.0.1:1"), "--ray_address 127.0.0.1:1: no cluster there"),
     ],
 )
-def test_flags_that_do_not_fit(tmp_path, run_script, mq, monkeypatch, flags, message):  # noqa: F811
+def test_flags_that_do_not_fit(tmp_path, run_script, mq, monkeypatch, flags, message):
     monkeypatch.setattr(eval_random, "pick_device", lambda name: torch.device("cpu"))
     code, printed = run_script(eval_random, "dit", *FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, *flags)
     assert code == 2 and message in printed and "Traceback" not in printed
 
 
-def test_without_ray(tmp_path, run_script, mq, monkeypatch):  # noqa: F811
+def test_without_ray(tmp_path, run_script, mq, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "stages.ray_workers", raising=False)
     code, printed = run_script(eval_random, "dit", *FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 2)

@@ -7,13 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import EVAL, ROOT, script
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -23,31 +22,6 @@ from models.pipelines import load_denoiser
 from quant import config
 from stages import eval_random, infer, labeller, multiquantizer
 from stages.common import only_run_in
-
-EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
-
-
-@pytest.fixture(scope="module")
-def mq(tmp_path_factory, request):
-    """The embedded model's multiquantizer, built by its script."""
-    path = tmp_path_factory.mktemp("mq") / "dit_embedded_mq.pt"
-    command = [sys.executable, "scripts/dit_multiquantizer.py", "--model_id", "embedded", "--output", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "201 layers fitted" in done.stdout and "layer 201/201" in done.stderr
-    return path
-
-
-@pytest.fixture(scope="module")
-def labels(mq, tmp_path_factory):
-    """Three labelled configurations, made in one go."""
-    folder = tmp_path_factory.mktemp("labels")
-    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    return folder
-
-
-def script(name, *flags):
-    return [sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
 
 
 def test_the_cache(labels, family):
