@@ -103,14 +103,17 @@ class Factors(nn.Module):
 
     def __init__(self, tensors):
         super().__init__()
-        self.of_type = nn.Parameter(-0.5 * tensors.type_count.log())
+        # Logarithms, each a difference from the start, which weight decay pulls back to.
+        self.start = -0.5 * tensors.type_count.log()
+        self.of_type = nn.Parameter(torch.zeros(tensors.num_types))
         self.of_block = nn.Parameter(torch.zeros(tensors.num_blocks))
         self.of_method = nn.Parameter(torch.zeros(tensors.num_types, len(NAMES)))
-        self.of_error = nn.Parameter(torch.ones(1))
+        self.of_error = nn.Parameter(torch.zeros(1))
 
     def forward(self, tensors):
-        of_node = self.of_type[tensors.layer_type] + self.of_block[tensors.block]  # [N]
-        return (of_node[:, None] + self.of_method[tensors.layer_type] + self.of_error * tensors.relative_error).exp()
+        of_node = (self.start + self.of_type)[tensors.layer_type] + self.of_block[tensors.block]  # [N]
+        of_method = self.of_method[tensors.layer_type] + (1 + self.of_error) * tensors.relative_error  # [N, M]
+        return (of_node[:, None] + of_method).exp()
 
 
 class Predictor(nn.Module):

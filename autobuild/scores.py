@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from autobuild.predictor import GraphTensors, load_predictor, one_thread, side_by_side
+from autobuild.predictor import WIDTH, GraphTensors, load_predictor, one_thread
 from autobuild.search import make_part, parts_of_weights, variants
-
-NODES_AT_ONCE = 30_000  # of small graphs side by side, to bound memory
 
 
 class LearnedScores:
@@ -45,7 +44,7 @@ class LearnedScores:
         codes = variants(self.space, weights)
         scores = torch.zeros(len(codes))
         for number, predictor in enumerate(self.predictors):
-            damage = self._damage(number, unit, codes)
+            damage = self._damage(number, unit)
             if as_published:
                 scores += published(predictor, unit.hops, damage)
                 continue
@@ -54,28 +53,39 @@ class LearnedScores:
             scores += each / len(self.predictors)
         return make_part(self.space, weights, codes, scores.numpy())
 
-    def _damage(self, number, unit, codes):
-        """Damage [V] of a unit's variants, codes [V, K], by predictor `number`.
+    def _damage(self, number, unit):
+        """Damage [V] of a unit's variants, in the order of `variants`, by predictor `number`.
 
-        It depends on the nodes within the unit's hops before its root. Weights of other units among them count as the
-        mean of their methods.
+        It depends on the nodes within the unit's hops before its root. Each of them, at each hop, depends on few of the
+        unit's weights: its embeddings are computed once per combination of those, not once per variant. They stand in
+        a tensor with an axis per weight of the unit, of length 1 if they do not depend on it. Weights of other units
+        count as the mean of their methods.
         """
-        table = self.tables[number]
-        nodes = nodes_before(unit.root, unit.hops)
-        places = torch.tensor([self.space.graph.number[node.name] for node in nodes])
-        found = table[places].mean(dim=1).expand(len(codes), -1, -1).clone()  # [V, n, WIDTH]
-        own = [nodes.index(node) for node in unit.weights]
-        found[:, own] = table[places[own], torch.from_numpy(codes)]
-        edges = [
-            (nodes.index(source), place) for place, node in enumerate(nodes) for source in node.sources if source in nodes
-        ]
-        edges = torch.tensor(edges, dtype=torch.long).view(-1, 2).T
-        damages = []
-        for each in found.split(max(1, NODES_AT_ONCE // len(nodes))):
-            together = side_by_side(edges, len(nodes), len(each))
-            last = self.predictors[number].hops(each.flatten(0, 1), together, unit.hops)[-1]
-            damages.append(last.view(*each.shape)[:, 0].sum(dim=1))
-        return torch.cat(damages)
+        table, predictor, graph = self.tables[number], self.predictors[number], self.space.graph
+        found = {node: table[graph.number[node.name]].mean(dim=0) for node in nodes_before(unit.root, unit.hops)}
+        count = len(unit.weights)
+        for axis, node in enumerate(unit.weights):
+            known = torch.from_numpy(self.space.is_known[self.space.place[node]])
+            found[node] = table[graph.number[node.name]][known].view(*_lengths(axis, count), WIDTH)
+        for hop, layer in enumerate(predictor.layers[: unit.hops], start=1):
+            found = {node: _passed(layer, node, found) for node in nodes_before(unit.root, unit.hops - hop)}
+        lengths = [int(self.space.is_known[self.space.place[node]].sum()) for node in unit.weights]
+        return found[unit.root].sum(dim=-1).expand(lengths).flatten()
+
+
+def _lengths(axis, count):
+    """Lengths of `count` axes, all 1 but that of `axis`, which is open."""
+    return [-1 if each == axis else 1 for each in range(count)]
+
+
+def _passed(layer, node, found):
+    """A node's embedding after a GATv2 layer (Brody et al., 2022, equation 7), residual and all."""
+    sources = [layer.lin_l(found[each]) for each in (*node.sources, node)]
+    own = layer.lin_r(found[node])
+    logits = [F.leaky_relu(source + own, layer.negative_slope) @ layer.att.flatten() for source in sources]
+    shares = torch.stack(torch.broadcast_tensors(*logits)).softmax(dim=0)
+    gathered = sum(share[..., None] * source for share, source in zip(shares, sources, strict=True))
+    return found[node] + torch.relu(gathered + layer.bias)
 
 
 def published(predictor, hop, damage):

@@ -85,12 +85,13 @@ def train_fold(task, number, tell=lambda: None):
 def _epochs(predictor, codes, targets, train, task, rng):
     """Train the predictor; yields after each epoch."""
     batches = np.array_split(np.arange(len(train)), max(1, len(train) // BATCH))
-    factors = [*predictor.embedding.factors.parameters(), predictor.shares, predictor.bias]
-    others = [each for each in predictor.parameters() if all(each is not factor for factor in factors)]
+    factors, scale = [*predictor.embedding.factors.parameters()], [predictor.shares, predictor.bias]
+    others = [each for each in predictor.parameters() if all(each is not known for known in (*factors, *scale))]
     optimizer = torch.optim.AdamW(
         [
             {"params": others, "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
             {"params": factors, "lr": FACTOR_LEARNING_RATE, "weight_decay": FACTOR_WEIGHT_DECAY},
+            {"params": scale, "lr": FACTOR_LEARNING_RATE, "weight_decay": 0.0},
         ]
     )
     rates = [group["lr"] for group in optimizer.param_groups]
