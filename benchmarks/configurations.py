@@ -24,7 +24,7 @@ from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-POOL_SEED = 1000
+POOL_SEED = 9000
 
 
 def main():
@@ -51,7 +51,7 @@ def parse_args():
     parser.add_argument(
         "--predictors", type=Path, nargs="*", default=[], help="built configurations are named by these files"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 2000, 3000], help="of noise: image i has seed + i")
     parser.add_argument("--n_imgs", type=int, default=250)
     parser.add_argument("--num_random", type=int, default=10, help="random configurations drawn at each size")
     parser.add_argument("--workers", type=int, default=2)
