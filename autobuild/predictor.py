@@ -138,10 +138,10 @@ class Predictor(nn.Module):
         nodes[:, self.tensors.weights] = table[self.tensors.weights, codes]
         return nodes
 
-    def hops(self, nodes, edges, count=HOPS):
-        """Embeddings [nodes, WIDTH] after each hop, 0 to `count`; `edges` [2, E] with a self-loop for each node."""
+    def hops(self, nodes, edges):
+        """Embeddings [nodes, WIDTH] after each hop, 0 to HOPS; `edges` [2, E] with a self-loop for each node."""
         found = [nodes]
-        for layer in self.layers[:count]:
+        for layer in self.layers:
             found.append(found[-1] + torch.relu(layer(found[-1], edges)))
         return found
 

@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -26,12 +25,12 @@ class SearchSpace:
     size_bytes: np.ndarray  # [W, M] quantized, with overhead, of all its keys
     errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method
 
-    @cached_property
+    @functools.cached_property
     def place(self):
         """{weight node: its number}."""
         return {node: number for number, node in enumerate(self.graph.weights)}
 
-    @cached_property
+    @functools.cached_property
     def units(self):
         return self.graph.units()
 
