@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from autobuild.predictor import WIDTH, GraphTensors, load_predictor, one_thread
-from autobuild.search import make_part, parts_of_weights, variants
+from autobuild.search import best_within, make_part, parts_of_weights, shortest_sum, variants
 
 
 class LearnedScores:
@@ -24,6 +24,10 @@ class LearnedScores:
         """The paper's scores [W, M] of every weight by itself; NaN where the labels have not seen a method."""
         scores = sum(map(published, self.predictors, [0] * len(self.predictors), self.alone))
         return np.where(self.space.is_known, scores.numpy(), np.nan)
+
+    def best_within(self, avg_bits):
+        """Codes [W] of the best prediction with at most so many average bits."""
+        return best_within(self.space, self.parts(), avg_bits)
 
     def parts(self):
         """The units, each variant with what it adds to the predicted target, but for a constant: mean over folds."""
@@ -105,17 +109,18 @@ def nodes_before(root, hops):
 
 
 class MeasuredScores:
-    """Of the change of the denoiser's output [W, M] under each weight's methods: they add up."""
+    """Of the shifts [W, M, K] of the denoiser's output under each weight's methods, and their squared norms [W, M]."""
 
-    def __init__(self, space, changes):
-        self.space, self.changes = space, changes
+    def __init__(self, space, changes, shifts):
+        self.space, self.changes, self.shifts = space, changes, shifts
 
     def of_weights(self):
         return -self.changes
 
-    def parts(self):
-        """A part for each weight."""
-        return parts_of_weights(self.space, -self.changes)
+    def best_within(self, avg_bits):
+        """Codes [W] of the shortest sum of shifts that is found with at most so many average bits."""
+        first = best_within(self.space, parts_of_weights(self.space, -self.changes), avg_bits)
+        return shortest_sum(self.space, self.shifts, first, avg_bits)
 
     def published_parts(self):
         """The units, a variant's score the sum of its weights'."""

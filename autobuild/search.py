@@ -1,7 +1,8 @@
 """From scores to a configuration: the best of each part by itself, or the best whole within a size.
 
 A part is what is chosen together: a unit of the graph with all combinations of its weights' methods, or one weight.
-Its scores add up to a configuration's, so the best one under a size is a multiple-choice knapsack, solved exactly.
+Its scores add up to a configuration's, so the best one under a size is a multiple-choice knapsack, solved exactly. Shifts
+of the denoiser's output add up as vectors; the shortest sum of those is sought from there by exchanges.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from errors import InputError
 
 GAP = 1e-7  # of the solver, relative: what it may leave to the optimum
+LEAST_GAIN = 1e-4  # of a round of exchanges, relative; with less it is the last
 UNITS = 1e4  # in which it counts the spare bytes: its tolerance is a millionth of one
 
 
@@ -69,6 +71,58 @@ def best_within(space, parts, avg_bits):
     for part, each, variant in zip(parts, kept, chosen, strict=True):
         codes[part.weights] = part.codes[each[variant]]
     return codes
+
+
+def shortest_sum(space, shifts, codes, avg_bits):
+    """Codes [W] of a configuration whose shifts [W, M, K] have a short sum, from `codes`, which are within `avg_bits`.
+
+    A quadratic multiple-choice knapsack. Weight by weight, what shortens the sum most is done, of giving it another
+    method and some other weight one too, until nothing of the kind shortens it by much.
+    """
+    count, methods = space.size_bytes.shape
+    shifts = shifts.reshape(count * methods, -1)
+    exchanges = Exchanges((shifts @ shifts.T).reshape(count, methods, count, methods), space.size_bytes, codes)
+    limit, before = space.limit_bytes(avg_bits), np.inf
+    while exchanges.total < (1 - LEAST_GAIN) * before:
+        before = exchanges.total
+        for weight in range(count):
+            exchanges.improve(weight, limit)
+    return exchanges.codes
+
+
+class Exchanges:
+    """A configuration on its way to a shorter sum of shifts; products [W, M, W, M] of all shifts, sizes [W, M]."""
+
+    def __init__(self, products, sizes, codes):
+        self.products, self.sizes, self.codes = products, sizes, codes.copy()
+        self.places = np.arange(len(sizes))
+        self.own = products[self.places, :, self.places, :]  # [W, M, M]
+        self.with_all = products[:, :, self.places, codes].sum(axis=2)  # [W, M] of each shift with the sum
+
+    @property
+    def total(self):
+        """Squared norm of the sum."""
+        return self.with_all[self.places, self.codes].sum()
+
+    def improve(self, weight, limit):
+        """Exchange the method of a weight, and of another, if that shortens the sum and stays within `limit` bytes."""
+        places, codes = self.places, self.codes
+        grown = self.sizes - self.sizes[places, codes][:, None]
+        alone = 2 * (self.with_all - self.with_all[places, codes][:, None]) + np.diagonal(self.own, axis1=1, axis2=2)
+        alone += self.own[places, codes, codes][:, None] - 2 * self.own[places, :, codes]
+        moved = self.products[weight] - self.products[weight, codes[weight]]  # [M, W, M]
+        both = alone[weight][:, None, None] + alone + 2 * (moved - moved[:, places, codes][:, :, None])
+        spare = limit - self.sizes[places, codes].sum()
+        both[grown[weight][:, None, None] + grown > spare] = np.inf
+        both[:, weight] = np.inf
+        method, other, of_other = np.unravel_index(np.argmin(both), both.shape)
+        if both[method, other, of_other] < 0:
+            self._set(weight, method)
+            self._set(other, of_other)
+
+    def _set(self, weight, method):
+        self.with_all += self.products[:, :, weight, method] - self.products[:, :, weight, self.codes[weight]]
+        self.codes[weight] = method
 
 
 def _solve(scores, sizes, limit):

@@ -1,8 +1,10 @@
 """Sensitivity without labels: how far a denoiser's output moves when one weight alone takes a method.
 
 For those who have hours, not weeks. A few images are drawn in full precision; what the denoiser was asked at some of
-their steps is asked again with each weight under each method, and the mean squared change of its guided output taken.
-Such changes are small, so those of several weights add up, to first order, and the least sum is the best configuration.
+their steps is asked again with each weight under each method, and the shift of its guided output taken. Shifts are
+small, so those of several weights add up, to first order: not their squares but they themselves. Where weights push the
+output the same way it goes far, where they push against one another it stays. The best configuration is the one whose
+shifts have the shortest sum.
 """
 
 import functools
@@ -14,6 +16,8 @@ import torch
 
 from evaluation.images import noise_generators
 from models.inputs import map_tensors
+
+SKETCH = 8192  # numbers that a shift is kept as
 
 
 class Call(NamedTuple):
@@ -55,7 +59,7 @@ def record_calls(sampler, prompts, settings, count):
 
 
 class Probe:
-    """Asks a denoiser the same again and tells how far its guided output has moved; `together` calls at a time."""
+    """Asks a denoiser the same again and tells how its guided output has shifted; `together` calls at a time."""
 
     def __init__(self, denoiser, calls, together):
         self.denoiser = denoiser
@@ -63,14 +67,15 @@ class Probe:
         self.arguments = [merged([call.arguments for call in group], len(group[0].output)) for group in self.groups]
         self.guidance = [guidance_weights(call) for call in calls]
         self.before = [after for place in range(len(self.groups)) for after in self._ask(place)]
-        self.power = sum(_mean_square(each) for each in self.before) / len(calls)
+        self.norm = torch.cat([each.flatten() for each in self.before]).norm()
+        self.sketch = Sketch(sum(each.numel() for each in self.before), self.norm.device)
 
     @torch.no_grad()
-    def change(self):
-        """Mean squared change of the guided output, over its mean square as it was at first."""
+    def shift(self):
+        """(change, shift): the shift of the guided output over its norm at first, as a sketch; its exact squared norm."""
         after = [each for place in range(len(self.groups)) for each in self._ask(place)]
-        moved = [_mean_square(now - then) for now, then in zip(after, self.before, strict=True)]
-        return sum(moved) / len(moved) / self.power
+        shifts = torch.cat([(now - then).flatten() for now, then in zip(after, self.before, strict=True)]) / self.norm
+        return float(shifts.double().square().sum()), self.sketch(shifts).cpu()
 
     @torch.no_grad()
     def _ask(self, place):
@@ -84,8 +89,22 @@ class Probe:
         ]
 
 
-def _mean_square(values):
-    return float((values.double() ** 2).mean())
+class Sketch:
+    """Brings a vector down to SKETCH numbers by a linear map that about keeps inner products: each number goes to a place
+    and with a sign drawn at random (Charikar et al., 2002). Vectors no longer than that are kept as they are.
+    """
+
+    def __init__(self, length, device):
+        self.length = length
+        if length > SKETCH:
+            generator = torch.Generator().manual_seed(0)
+            self.places = torch.randint(SKETCH, (length,), generator=generator).to(device)
+            self.signs = (torch.randint(2, (length,), generator=generator) * 2 - 1).to(device, torch.float32)
+
+    def __call__(self, vector):
+        if self.length <= SKETCH:
+            return vector
+        return vector.new_zeros(SKETCH).index_add_(0, self.places, vector * self.signs)
 
 
 def copies(output, guided):

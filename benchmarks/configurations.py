@@ -1,11 +1,11 @@
 """Built configurations against others of their size: `python -m benchmarks.configurations pixart_alpha`.
 
 At each average size: what a predictor's scores build, what asking the denoiser without labels builds, the same knapsack
-with weight errors for scores, and the best of random configurations drawn at that size; and the six uniform ones. All
-are measured afresh on an embedded model by *_eval_random.py: FID at the guidance that labels are made at, and the mean
-squared difference to full precision's images from the same noise, each with several seeds. Needs the multiquantizer,
-and predictors made by train_predictor.py. Everything is kept in --outdir, so an interrupted run goes on. Writes
-benchmarks/results/configurations_<family>.json.
+with weight errors for scores, and the best of random configurations drawn at that size; the six uniform ones; and what
+is built at the sizes of some of them (--size_of). All are measured afresh on an embedded model by *_eval_random.py: FID
+at the guidance that labels are made at, and the mean squared difference to full precision's images from the same noise,
+each with several seeds. Needs the multiquantizer, and predictors made by train_predictor.py. Everything is kept in
+--outdir, so an interrupted run goes on. Writes benchmarks/results/configurations_<family>.json.
 """
 
 import argparse
@@ -35,6 +35,8 @@ def main():
     named = {f"uniform {name}": (None, f"uniform:{name}") for name in spaces.NAMES}
     for bits in args.avg_bits:
         named |= at_size(args, space, slots, bits)
+    for name in args.size_of:
+        named |= built(args, float(space.avg_bits(np.full(len(space.keys), spaces.NUMBER[name]))))
     measured = {name: {} for name in named}
     for seed in args.seeds:
         for name, row in zip(named, measure(args, f"seed_{seed}", seed, [spec for _, spec in named.values()]), strict=True):
@@ -48,6 +50,13 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=list(FAMILIES))
     parser.add_argument("--avg_bits", type=float, nargs="+", default=[3.4, 3.7, 4.0])
+    parser.add_argument(
+        "--size_of",
+        nargs="*",
+        choices=spaces.NAMES,
+        default=["mse-3", "kmeans-4"],
+        help="uniform ones, to build at their size",
+    )
     parser.add_argument(
         "--predictors", type=Path, nargs="*", default=[], help="built configurations are named by these files"
     )
@@ -63,18 +72,26 @@ def parse_args():
     return args
 
 
+def built(args, bits):
+    """{name: (bits, file)} of the configurations that are built at a size."""
+    folder = args.outdir / f"{bits:.4g}_bits"
+    sources = {f"predictor {path.stem}": path for path in args.predictors} | {"without labels": "none"}
+    found = {name: build(args, folder / f"{Path(labels).stem}.pkl", labels, bits) for name, labels in sources.items()}
+    return sized(found, bits)
+
+
+def sized(found, bits):
+    return {f"{bits:.4g} bits, {name}": (bits, str(path)) for name, path in found.items()}
+
+
 def at_size(args, space, slots, bits):
-    """{name: (bits, specification)} of the configurations that are compared at a size."""
+    """{name: (bits, file)} of all configurations that are compared at a size."""
     folder = args.outdir / f"{bits:g}_bits"
-    found = {}
-    for path in args.predictors:
-        found[f"predictor {path.stem}"] = build(args, folder / f"{path.stem}.pkl", path, bits)
-    found["without labels"] = build(args, folder / "no_labels.pkl", "none", bits)
     by_error = search.best_within(space, search.parts_of_weights(space, -space.errors), bits)
     config.save(space.configuration(by_error), folder / "weight_error.pkl")
-    found["weight error"] = folder / "weight_error.pkl"
-    found[f"best of {args.num_random} random"] = best_random(args, space, slots, bits, folder)
-    return {f"{bits:g} bits, {name}": (bits, str(path)) for name, path in found.items()}
+    others = {"weight error": folder / "weight_error.pkl"}
+    others[f"best of {args.num_random} random"] = best_random(args, space, slots, bits, folder)
+    return built(args, bits) | sized(others, bits)
 
 
 def build(args, path, labels, bits):

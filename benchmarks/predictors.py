@@ -40,7 +40,9 @@ def main():
         if args.published:
             cache = LABELS / f"{family}_embedded" / "quant_cache.pkl"
             for loss in args.published_losses:
-                each = published_predictor.train(args.published, cache, family, loss, args.published_epochs)
+                each = published_predictor.train(
+                    args.published, cache, family, loss, args.published_epochs, args.published_folds
+                )
                 found[f"published, {loss}, {args.published_epochs} epochs"] = each
         print("\n".join(table(family, len(run.rows), found)))
         result[family] = {"rows": len(run.rows), "found": found}
@@ -52,7 +54,8 @@ def parse_args():
     parser.add_argument("families", nargs="*", default=["pixart_alpha", "dit"])
     parser.add_argument("--published", type=Path, help="clone of the published predictor's repository")
     parser.add_argument("--published_epochs", type=int, default=100)
-    parser.add_argument("--published_losses", nargs="+", default=["hybrid", "ndcg"])
+    parser.add_argument("--published_losses", nargs="+", default=["hybrid"])
+    parser.add_argument("--published_folds", type=int, nargs="+", default=list(range(training.FOLDS)))
     args = parser.parse_args()
     args.families = args.families or ["pixart_alpha", "dit"]
     return args

@@ -26,7 +26,6 @@ from quant.storage import load_pickle
 NAMES = {"pixart_alpha": "alpha", "dit": "dit"}  # what it calls families, as far as they are compared
 ARCHITECTURES = {"alpha": "alpha", "dit": "DiT"}
 HOPS = {"alpha": list(range(5)), "dit": [0, 1, 4]}  # whose norms its losses rank
-FOLDS = 5
 SETTINGS = {
     **{"gnn_type": "GATv2Conv", "format": "sdm", "seed": 12345, "fe_mlp": False, "gnn_dim": 64, "num_layers": 4},
     **{"aggr_method": "mean", "gnn_activ": "ReLU", "reg_activ": "ReLU", "corr_lambda": 1.0, "norm": 1},
@@ -34,12 +33,12 @@ SETTINGS = {
 }
 
 
-def train(clone, cache, family, loss, epochs):
-    """Rank correlation of each fold's predictions with the FID labels of its test rows, higher better; and seconds."""
+def train(clone, cache, family, loss, epochs, folds):
+    """Rank correlation of the folds' predictions with the FID labels of their test rows, higher better; and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "folds.json"
         command = [sys.executable, "-m", "benchmarks.published_predictor", clone, cache, NAMES[family], loss, epochs, out]
-        subprocess.run(list(map(str, command)), check=True)
+        subprocess.run(list(map(str, [*command, *folds])), check=True)
         return json.loads(out.read_text())
 
 
@@ -47,6 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, of_type in (("clone", Path), ("cache", Path), ("family", str), ("loss", str), ("epochs", int), ("out", Path)):
         parser.add_argument(name, type=of_type)
+    parser.add_argument("folds", type=int, nargs="+")
     args = parser.parse_args()
     args.out = args.out.resolve()
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def main():
             Path(name).mkdir(parents=True)
         Path("cache", f"{args.family}_sdm_cache.pkl").write_bytes(pickle.dumps(rows, protocol=4))
         importlib.import_module("ge_utils.data_loader").CACHE_DIR = str(Path("cache").resolve())
-        folds = [train_fold(args, number) for number in range(FOLDS)]
+        folds = [train_fold(args, number) for number in args.folds]
     args.out.write_text(json.dumps({name: [fold[name] for fold in folds] for name in folds[0]}))
 
 

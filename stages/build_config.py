@@ -18,7 +18,7 @@ def main():
     if args.choice == "top1":
         codes = search.top_one(scores.space, scores.published_parts())
     else:
-        codes = search.best_within(scores.space, scores.parts(), args.avg_bits)
+        codes = scores.best_within(args.avg_bits)
     configuration = scores.space.configuration(codes)
     config.save(configuration, args.output)
     counts = Counter(configuration.values())

@@ -10,13 +10,13 @@ from stages.score_sources import load_scores, parse, parser_of
 def main():
     family, args = parse_args()
     check_extra("torch_geometric", "autobuild", "plot_insights.py needs PyTorch Geometric")
-    from autobuild import insights, search
+    from autobuild import insights
     from autobuild.graph import slots_of_family
 
     scores = load_scores(args, family)
     space = scores.space
     if args.q_config is None:
-        codes = search.best_within(space, scores.parts(), args.avg_bits)
+        codes = scores.best_within(args.avg_bits)
     else:
         codes = space.codes_of(config.load(args.q_config, slots_of_family(family.name)[1]))
     for path in insights.draw_all(space, scores.of_weights(), scores.published_parts(), codes, family.title, args.outdir):

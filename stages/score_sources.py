@@ -6,15 +6,15 @@ Asking goes weight by weight and keeps what it has, so an interrupted run goes o
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 from autobuild import space as spaces
 from errors import InputError
-from evaluation import jsonl
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant import modules, multiquantizer
+from quant.storage import atomic_write, load_checkpoint
 from stages.common import (
     OneLineParser,
     add_sampling_flags,
@@ -41,7 +41,7 @@ def parser_of(stage, description, argv=None):
         "--labels", required=True, help="predictor of train_predictor.py, or `none`: ask the denoiser itself"
     )
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
-    parser.add_argument("--n_imgs", type=at_least(1), default=8, help="with `none`: images on whose way it is asked")
+    parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with `none`: steps of that way")
     parser.set_defaults(prompts=None)
     if not family.num_classes:
@@ -52,7 +52,7 @@ def parser_of(stage, description, argv=None):
 
 def parse(parser, family):
     args = parse_sampling(parser, family, guidance="label_guidance")
-    args.sensitivity = args.sensitivity or args.multi_chkpt.with_name(f"{args.multi_chkpt.stem}_sensitivity.jsonl")
+    args.sensitivity = args.sensitivity or args.multi_chkpt.with_name(f"{args.multi_chkpt.stem}_sensitivity.pt")
     return args
 
 
@@ -75,22 +75,24 @@ def learned(path, family):
 
 
 def measured(args, family):
-    """(search space, relative change [W, M] of the denoiser's output under each method of each weight alone)."""
+    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it."""
     device = pick_device(args.device)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     sampler = load_for(args, family, device)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
     space = spaces.of_multiquantizer(family.name, slots, entries)
-    lines = read_lines(args)
-    left = [place for place, keys in enumerate(space.keys) if keys[0] not in lines]
+    known = read_measured(args)
+    left = [place for place, keys in enumerate(space.keys) if keys[0] not in known]
     if left:
         probe = make_probe(args, family, sampler)
         parts = modules.install(sampler.denoiser, family, slots)
         for place in tqdm(left, desc="weights", unit="weight", initial=len(space.keys) - len(left), total=len(space.keys)):
             keys = space.keys[place]
-            lines[keys[0]] = changes_of([parts[key] for key in keys], entries[keys[0]]["parameters"], probe)
-            jsonl.save([flags_of(args), *({"weight": key} | line for key, line in lines.items())], args.sensitivity)
-    return space, np.array([[lines[keys[0]][name] for name in spaces.NAMES] for keys in space.keys])
+            known[keys[0]] = measure([parts[key] for key in keys], entries[keys[0]]["parameters"], probe)
+            with atomic_write(args.sensitivity) as file:
+                torch.save({"flags": flags_of(args), "weights": known}, file)
+    changes, shifts = zip(*(known[keys[0]] for keys in space.keys), strict=True)
+    return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
 
 
 def make_probe(args, family, sampler):
@@ -100,30 +102,34 @@ def make_probe(args, family, sampler):
     return Probe(sampler.denoiser, calls, together=max(1, args.batch_size // len(calls[0].guided)))
 
 
-def changes_of(parts, parameters, probe):
-    """{method: change} of a weight, in all the places where it stands."""
-    changes = {}
+def measure(parts, parameters, probe):
+    """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
+    found = []
     for name in spaces.NAMES:
         for part in parts:
             part.set_method(name, parameters[name])
-        changes[name] = probe.change()
+        found.append(probe.shift())
     for part in parts:
         part.set_method(None)
-    return changes
+    changes, shifts = zip(*found, strict=True)
+    return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
 
 
 def flags_of(args):
     return {flag: str(value) if isinstance(value := getattr(args, flag), Path) else value for flag in FLAGS}
 
 
-def read_lines(args):
-    """{key: {method: change}} that was measured before, with the same flags."""
-    lines = jsonl.load(args.sensitivity)
-    if not lines:
+def read_measured(args):
+    """{key: (changes, shifts)} that was measured before, with the same flags."""
+    if not args.sensitivity.exists():
         return {}
+    kept = load_checkpoint(args.sensitivity)
+    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"}):
+        raise InputError(f"{args.sensitivity}: is not what --labels none was told; give another --sensitivity")
     for flag, value in flags_of(args).items():
-        if lines[0].get(flag) != value:
+        if kept["flags"].get(flag) != value:
             raise InputError(
-                f"{args.sensitivity}: was measured with {flag} {lines[0].get(flag)}, not {value}; give another --sensitivity"
+                f"{args.sensitivity}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; "
+                "give another --sensitivity"
             )
-    return {line.pop("weight"): line for line in lines[1:] if "weight" in line}
+    return kept["weights"]

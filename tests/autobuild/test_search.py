@@ -69,3 +69,38 @@ def test_methods_that_labels_have_not_seen_are_not_chosen():
 def test_undominated():
     part = search.Part(np.array([0]), np.arange(5)[:, None], np.array([3.0, 1, 2, 2, 3]), np.array([5.0, 1, 1, 4, 3]))
     assert search.undominated(part).tolist() == [1, 3, 0]
+
+
+def lengths_after(space, shifts, codes, count):
+    """Squared length of the sum of shifts, and average bits, of all that differ from `codes` in up to `count` weights."""
+    rows = np.arange(len(codes))
+    for places in itertools.combinations(rows, count):
+        for methods in itertools.product(range(6), repeat=count):
+            other = codes.copy()
+            other[list(places)] = methods
+            yield (shifts[rows, other].sum(axis=0) ** 2).sum(), space.avg_bits(other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_of_two_weights_shortens_the_sum_of_shifts(space, seed):
+    shifts = np.random.default_rng(seed).normal(size=(len(space.keys), 6, 20)) * np.sqrt(space.errors)[..., None]
+    changes = (shifts**2).sum(axis=2)
+    first = search.best_within(space, search.parts_of_weights(space, -changes), 3.8)
+    codes = search.shortest_sum(space, shifts, first, 3.8)
+    rows = np.arange(len(codes))
+    length = (shifts[rows, codes].sum(axis=0) ** 2).sum()
+    assert space.avg_bits(codes) <= 3.8
+    assert length < (shifts[rows, first].sum(axis=0) ** 2).sum()
+    least = min(each for each, avg_bits in lengths_after(space, shifts, codes, 2) if avg_bits <= 3.8)
+    assert length == pytest.approx(least, rel=search.LEAST_GAIN)
+
+
+def test_shifts_that_cancel_are_found(space):
+    """Alone each is worse than the others; together two of them leave nothing."""
+    shifts = np.random.default_rng(0).normal(size=(len(space.keys), 6, 20))
+    shifts[3, 1], shifts[7, 5] = 10 * shifts[3, 1], -10 * shifts[3, 1]
+    shifts[[0, 1, 2, 4, 5, 6, 8, 9, 10]] *= 0.01
+    first = search.best_within(space, search.parts_of_weights(space, -(shifts**2).sum(axis=2)), 6)
+    assert (first[3], first[7]) != (1, 5)
+    codes = search.shortest_sum(space, shifts, first, 6)
+    assert (codes[3], codes[7]) == (1, 5)

@@ -50,18 +50,21 @@ def test_guidance_of_other_families(name):
     for call in calls[:1]:  # of later ones PLMS makes a combination with the steps before
         assert torch.allclose(sensitivity.guidance_weights(call), torch.tensor([-2.0, 3.0]), atol=2e-2)
     probe = sensitivity.Probe(other.denoiser, calls, together=2)
-    assert probe.change() < 1e-10
+    assert probe.shift()[0] < 1e-10
 
 
 def test_change(sampler, calls):
     denoiser = sampler.denoiser
     alone, together = (sensitivity.Probe(denoiser, calls, count) for count in (1, 3))
-    assert alone.change() < 1e-10 and together.change() < 1e-10
+    assert alone.shift()[0] < 1e-10 and together.shift()[0] < 1e-10
     layer = denoiser.proj_out_2
     before = layer.weight.data.clone()
     try:
         layer.weight.data *= 1.1
-        assert together.change() == pytest.approx(alone.change(), rel=1e-4)
+        (change, shift), (other, other_shift) = alone.shift(), together.shift()
+        assert change == pytest.approx(other, rel=1e-4)
+        torch.testing.assert_close(shift, other_shift, rtol=1e-2, atol=1e-5)
+        assert float(shift.square().sum()) == pytest.approx(change, rel=1e-4)  # short enough to be kept whole
     finally:
         layer.weight.data = before
 
@@ -72,13 +75,13 @@ def test_the_whole_output_grown_by_a_tenth_is_a_change_of_a_hundredth(sampler, c
     probe = sensitivity.Probe(sampler.denoiser, calls, 3)
     try:
         layer.weight.data, layer.bias.data = (1.1 * each for each in kept)
-        assert probe.change() == pytest.approx(0.01, rel=1e-3)
+        assert probe.shift()[0] == pytest.approx(0.01, rel=1e-3)
     finally:
         layer.weight.data, layer.bias.data = kept
 
 
 def test_more_bits_change_less(sampler, calls):
-    from stages.score_sources import changes_of
+    from stages.score_sources import measure
 
     family = FAMILIES["dit"]
     sampler = load_sampler(family, "embedded", torch.device("cpu"))
@@ -86,7 +89,21 @@ def test_more_bits_change_less(sampler, calls):
     part = next(part for key, part in parts.items() if "transformer_blocks.3.ff.net.0.proj" in key)
     parameters = methods.fit(part.original)
     probe = sensitivity.Probe(sampler.denoiser, calls, 3)
-    changes = changes_of([part], parameters, probe)
+    measured, shifts = measure([part], parameters, probe)
+    assert shifts.shape == (6, 3 * 2 * 4 * 8 * 8)
+    changes = dict(zip(methods.METHODS, measured.tolist(), strict=True))
     for algorithm in methods.ALGORITHMS:
         assert 0 < changes[f"{algorithm}-4"] < changes[f"{algorithm}-3"] < 0.1
-    assert probe.change() < 1e-10  # the float weight is back
+    assert probe.shift()[0] < 1e-10  # the float weight is back
+
+
+def test_a_sketch_keeps_inner_products():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 200_000)
+    second += 0.5 * first
+    sketch = sensitivity.Sketch(200_000, torch.device("cpu"))
+    short, other = sketch(first), sketch(second)
+    assert short.shape == (sensitivity.SKETCH,)
+    scale = float(first.norm() * second.norm())
+    assert float(short @ other) == pytest.approx(float(first @ second), abs=0.05 * scale)
+    torch.testing.assert_close(sketch(first + second), short + other, rtol=1e-3, atol=1e-3)
