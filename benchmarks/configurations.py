@@ -32,16 +32,13 @@ def main():
     family = FAMILIES[args.family]
     slots, entries = multiquantizer.load(args.multi_chkpt, load_denoiser(family, "embedded", pick_device("cpu")), family)
     space = spaces.of_multiquantizer(family.name, slots, entries)
-    named = {f"uniform {name}": (None, f"uniform:{name}") for name in spaces.NAMES}
+    chosen = {(None, f"uniform {name}"): f"uniform:{name}" for name in spaces.NAMES}
     for bits in args.avg_bits:
-        named |= at_size(args, space, slots, bits)
+        chosen |= at_size(args, space, slots, bits)
     for name in args.size_of:
-        named |= built(args, float(space.avg_bits(np.full(len(space.keys), spaces.NUMBER[name]))))
-    measured = {name: {} for name in named}
-    for seed in args.seeds:
-        for name, row in zip(named, measure(args, f"seed_{seed}", seed, [spec for _, spec in named.values()]), strict=True):
-            measured[name][seed] = row
-    lines = [summary(name, bits, measured[name]) for name, (bits, _) in named.items()]
+        chosen |= built(args, float(space.avg_bits(np.full(len(space.keys), spaces.NUMBER[name]))))
+    measured = [measure(args, f"seed_{seed}", seed, chosen.values()) for seed in args.seeds]
+    lines = [summary(bits, name, rows) for (bits, name), *rows in zip(chosen, *measured, strict=True)]
     print("\n".join(table(lines, args)))
     write_result(f"configurations_{family.name}", {"seeds": args.seeds, "n_imgs": args.n_imgs, "configurations": lines})
 
@@ -73,30 +70,26 @@ def parse_args():
 
 
 def built(args, bits):
-    """{name: (bits, file)} of the configurations that are built at a size."""
+    """{(bits, name): file} of the configurations that are built at a size."""
     folder = args.outdir / f"{bits:.4g}_bits"
     sources = {f"predictor {path.stem}": path for path in args.predictors} | {"without labels": "none"}
-    found = {name: build(args, folder / f"{Path(labels).stem}.pkl", labels, bits) for name, labels in sources.items()}
-    return sized(found, bits)
-
-
-def sized(found, bits):
-    return {f"{bits:.4g} bits, {name}": (bits, str(path)) for name, path in found.items()}
+    return {(bits, name): build(args, folder / f"{Path(labels).stem}.pkl", labels, bits) for name, labels in sources.items()}
 
 
 def at_size(args, space, slots, bits):
-    """{name: (bits, file)} of all configurations that are compared at a size."""
-    folder = args.outdir / f"{bits:g}_bits"
+    """{(bits, name): file} of all configurations that are compared at a size."""
+    folder = args.outdir / f"{bits:.4g}_bits"
     by_error = search.best_within(space, search.parts_of_weights(space, -space.errors), bits)
     config.save(space.configuration(by_error), folder / "weight_error.pkl")
-    others = {"weight error": folder / "weight_error.pkl"}
-    others[f"best of {args.num_random} random"] = best_random(args, space, slots, bits, folder)
-    return built(args, bits) | sized(others, bits)
+    best = best_random(args, space, slots, bits, folder)
+    others = {(bits, "weight error"): folder / "weight_error.pkl", (bits, f"best of {args.num_random} random"): best}
+    return built(args, bits) | others
 
 
 def build(args, path, labels, bits):
     command = ["build_config.py", "--family", args.family, "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
-    run([*command, "--labels", labels, "--avg_bits", bits, "--output", path])
+    if not path.exists():
+        run([*command, "--labels", labels, "--avg_bits", bits, "--output", path])
     return path
 
 
@@ -105,7 +98,7 @@ def best_random(args, space, slots, bits, folder):
     paths = [folder / f"random_{number}.pkl" for number in range(args.num_random)]
     for number, path in enumerate(paths):
         config.save(space.configuration(random_within(space, slots, bits, number)), path)
-    rows = measure(args, f"{bits:g}_bits/random", POOL_SEED, paths)
+    rows = measure(args, f"{bits:.4g}_bits/random", POOL_SEED, paths)
     return paths[min(range(len(rows)), key=lambda place: rows[place]["FID-GT-1k"])]
 
 
@@ -137,24 +130,32 @@ def run(command):
     subprocess.run([sys.executable, str(SCRIPTS / script), *flags], check=True)
 
 
-def summary(name, bits, rows):
-    """Means and standard deviations over seeds {seed: row}."""
-    first = next(iter(rows.values()))
-    line = {"name": name, "at_bits": bits, "avg_bits": first["avg_bits"]}
+def summary(bits, name, rows):
+    """Means and standard deviations over the seeds' rows."""
+    line = {"within_bits": bits, "name": name, "avg_bits": rows[0]["avg_bits"]}
     for number in ("FID-GT-1k", "image_mse", "feature_mse"):
-        values = [row[number] for row in rows.values()]
+        values = [row[number] for row in rows]
         line |= {number: float(np.mean(values)), f"{number} std": float(np.std(values)), f"{number} by seed": values}
     return line
 
 
 def table(lines, args):
-    yield f"{args.family}, {args.n_imgs} images, mean and standard deviation over {len(args.seeds)} seeds"
-    yield f"{'configuration':<44}{'avg_bits':>9}{'FID':>8}{'':>8}{'image MSE':>11}"
+    cells = {(line["within_bits"], line["name"]): cell(line) for line in lines}
+    sizes = sorted({line["within_bits"] for line in lines} - {None})
+    yield (
+        f"{args.family}, {args.n_imgs} images, {len(args.seeds)} seeds: FID, its standard deviation over seeds, and mean "
+        "squared difference of pixels"
+    )
+    yield f"{'within average bits':<22}" + "".join(f"{bits:^20.4g}" for bits in sizes)
+    for name in dict.fromkeys(line["name"] for line in lines if line["within_bits"]):
+        yield (f"{name:<22}" + "".join(f"{cells.get((bits, name), ''):^20}" for bits in sizes)).rstrip()
     for line in lines:
-        yield (
-            f"{line['name']:<44}{line['avg_bits']:>9.3f}{line['FID-GT-1k']:>8.3f} ±{line['FID-GT-1k std']:<6.3f}"
-            f"{line['image_mse']:>10.5f} ±{line['image_mse std']:.5f}"
-        )
+        if line["within_bits"] is None:
+            yield f"{line['name']:<22}{cell(line):^20}{line['avg_bits']:.3f} bits"
+
+
+def cell(line):
+    return f"{line['FID-GT-1k']:.2f} ±{line['FID-GT-1k std']:.2f} {line['image_mse']:.4f}"
 
 
 if __name__ == "__main__":
