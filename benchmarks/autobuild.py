@@ -2,7 +2,7 @@
 
 For each family, at its own size: seconds to trace its graph and the most memory that takes, imports and all; seconds to
 score all variants of all its subgraphs with five folds; of the families of --train, seconds to train five folds on
---rows configurations. Errors are made up, and labels are their sums, which a fold does not tire of before its last epoch.
+--rows configurations. Errors are made up, and labels are their sums; a fold may stop early.
 Run it where nothing else runs. Writes benchmarks/results/autobuild.json.
 """
 
@@ -21,7 +21,6 @@ from autobuild.predictor import GraphTensors, Predictor
 from autobuild.scores import LearnedScores
 from benchmarks.machine import peak_memory, write_result
 from models.families import FAMILIES
-from quant.methods import quantized_size_bytes
 
 EPOCHS, SEED = 40, 42
 NOTED = 16  # configurations that an untrained predictor's subgraphs are standardized over
@@ -65,14 +64,10 @@ def tell_tracing(family):
 
 def space_of(family):
     """A family's search space, its errors made up."""
-    drawn, keys = spaces.graph_and_keys(family)
     _, slots = spaces.graph.slots_of_family(family)
-    shapes = [slots[each[0]].shape for each in keys]
-    bits = FAMILIES[family].precision_bits
-    sizes = np.array([[quantized_size_bytes(name, shape, bits) for name in spaces.NAMES] for shape in shapes], dtype=float)
-    fp_bytes = np.array([np.prod(shape) * bits / 8 for shape in shapes])
-    errors = np.exp(np.random.default_rng(SEED).normal(size=sizes.shape))
-    return spaces.SearchSpace(family, drawn, keys, fp_bytes, sizes, errors)
+    rng = np.random.default_rng(SEED)
+    entries = {key: {"errors": dict(zip(spaces.NAMES, np.exp(rng.normal(size=6)), strict=True))} for key in slots}
+    return spaces.of_multiquantizer(family, slots, entries)
 
 
 def random_codes(space, count):
