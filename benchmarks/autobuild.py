@@ -66,7 +66,7 @@ def space_of(family):
     """A family's search space, its errors made up."""
     _, slots = spaces.graph.slots_of_family(family)
     rng = np.random.default_rng(SEED)
-    entries = {key: {"errors": dict(zip(spaces.NAMES, np.exp(rng.normal(size=6)), strict=True))} for key in slots}
+    entries = {key: {"errors": {name: np.exp(rng.normal()) for name in spaces.NAMES}} for key in slots}
     return spaces.of_multiquantizer(family, slots, entries)
 
 
