@@ -23,6 +23,7 @@ class Embedded:
     num_classes: int = 10
     class_ids: tuple[int, ...] = tuple(range(10))
     q_config: str = "uniform:mse-4"
+    scheduler_config: tuple[tuple[str, object], ...] = ()  # of the class `Family.scheduler`
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Family:
     dtype: torch.dtype = torch.float16  # precision P of the weights
     variant: str | None = None  # of the weight files on the Hub
     scheduler: str | None = None  # class in diffusers that replaces the pipeline's own
+    scheduler_config: tuple[tuple[str, object], ...] = ()  # its published settings, beside what the model was trained with
     call: tuple[tuple[str, object], ...] = ()  # more arguments of the pipeline's call
     least_steps: int = 1  # that its pipeline in diffusers can sample with
     refiner: Refiner | None = None
@@ -89,6 +91,8 @@ class Family:
 
 NO_BINNING = ("use_resolution_binning", False)  # images of just the size asked for
 AS_WRITTEN = ("clean_caption", False)  # cleaning captions needs packages that rewrite no plain prompt
+# PNDM without its Runge-Kutta steps is PLMS (Liu et al., 2022), as CompVis' program samples.
+PLMS = (("skip_prk_steps", True), ("set_alpha_to_one", False), ("steps_offset", 1), ("timestep_spacing", "leading"))
 
 FAMILIES = {
     row.name: row
@@ -178,7 +182,8 @@ FAMILIES = {
             denoiser="unet",
             licence="CreativeML OpenRAIL-M",
             dtype=torch.float32,
-            scheduler="PNDMScheduler",  # PLMS: its configuration skips the Runge-Kutta steps
+            scheduler="PNDMScheduler",
+            scheduler_config=PLMS,
             steps=50,
             guidance=7.5,
             q_config="quant_configs/sdv15_40.pkl",
@@ -193,7 +198,7 @@ FAMILIES = {
                 ("--guidance", "--scale"),
                 ("--eta", "--ddim_eta"),
             ),
-            embedded=Embedded(guidance=3.0, label_guidance=2.0),
+            embedded=Embedded(guidance=3.0, label_guidance=2.0, scheduler_config=PLMS),
         ),
         Family(
             name="dit",
@@ -203,6 +208,7 @@ FAMILIES = {
             denoiser="transformer",
             licence="CC-BY-NC 4.0",
             scheduler="DPMSolverMultistepScheduler",
+            scheduler_config=(("timestep_spacing", "linspace"),),
             steps=250,
             guidance=4.0,
             num_classes=1000,
@@ -218,7 +224,7 @@ FAMILIES = {
             fp_weights=716_986_368,
             num_layers=255,
             num_keys=255,
-            embedded=Embedded(guidance=4.0, label_guidance=2.0),
+            embedded=Embedded(guidance=4.0, label_guidance=2.0, scheduler_config=(("timestep_spacing", "leading"),)),
         ),
     ]
 }

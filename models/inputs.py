@@ -5,7 +5,7 @@ import inspect
 import torch
 
 
-class _Taken(Exception):
+class Taken(Exception):
     """Ends a pipeline's call once the denoiser's arguments are known."""
 
 
@@ -18,12 +18,12 @@ def first_call(pipeline, denoiser, **arguments):
     def take(_module, positional, named):
         taken.update(zip(names, positional, strict=False))
         taken.update(named)
-        raise _Taken
+        raise Taken
 
     handle = denoiser.register_forward_pre_hook(take, with_kwargs=True)
     try:
         pipeline(**arguments, output_type="latent")
-    except _Taken:
+    except Taken:
         return taken
     finally:
         handle.remove()

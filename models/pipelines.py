@@ -1,44 +1,36 @@
-"""From a family to its diffusers pipeline: from the Hub, a local folder, a single file or the embedded model."""
+"""From a family to its diffusers pipeline: from the Hub, a local folder, a single file or the embedded model.
 
-import contextlib
+Text encoders are loaded, asked and released before what draws is loaded: on a device that holds either, both need not fit.
+"""
+
+import gc
 import inspect
-import pickle
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
-import transformers
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub import snapshot_download
-from transformers import CLIPTextConfig, CLIPTokenizer
 
 from errors import InputError, first_line
-from models.inputs import first_call, map_tensors, prompt_argument
+from models import facts, lora, schedulers
+from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading
+from models.inputs import Taken, first_call, map_tensors, prompt_argument
+from models.single_file import SingleFile
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-SINGLE_FILES = (".ckpt", ".safetensors")
-SD1_FOLDER = Path(__file__).parent / "ldm" / "stable-diffusion-v1"
-SD1_CONFIG = SD1_FOLDER / "v1-5-pruned-emaonly"  # of a single file that has no folder of its own name beside it
-SD1_TOKENIZER = "openai/clip-vit-large-patch14"
-INDEX = "model_index.json"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ANY_PROMPT = "a picture"  # where only shapes matter
 SHORTEST = 2  # steps that every pipeline samples with
-NOT_LOADED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError),
-    *(pickle.UnpicklingError, SingleFileComponentError),
-)
+OFFLOADS = ("none", "model", "sequential")
+# What pipelines may have and these do not need: labels and images are of the denoiser alone, on every machine.
+LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+SWITCHED_OFF = {"requires_safety_checker": False, "add_watermarker": False}
 
 
 def is_embedded(family, model_id):
     """Whether `model_id` is the word `embedded` or the embedded pipeline's own folder."""
     return model_id == EMBEDDED or Path(model_id).resolve() == (EMBEDDED_FOLDER / family.name).resolve()
-
-
-def is_single_file(model_id):
-    return Path(model_id).suffix in SINGLE_FILES
 
 
 def defaults(family, model_id):
@@ -58,11 +50,31 @@ def pick_device(name=None):
     return device
 
 
+def compute_dtype(family, device):
+    """What a device computes in: the family's precision; on the CPU float32, which is faster there."""
+    return torch.float32 if device.type == "cpu" else family.dtype
+
+
+@dataclass(frozen=True)
+class Extras:
+    """How a model departs from its family's published use."""
+
+    refiner_id: str | None = None  # folder, file or Hub id of the refiner; None leaves it out
+    loras: tuple[lora.Lora, ...] = ()  # fused into its weights
+    scheduler: str | None = None  # class in diffusers
+    negative_prompt: str | None = None
+    vae_tiling: bool = False
+    offload: str = "none"  # one of OFFLOADS
+
+
+PLAIN = Extras()
+
+
 class Sampler:
     """A family's pipeline and, where it has one, the refiner that finishes its images."""
 
-    def __init__(self, family, pipeline, refiner=None):
-        self.family, self.pipeline, self.refiner = family, pipeline, refiner
+    def __init__(self, family, pipeline, refiner=None, extras=PLAIN):
+        self.family, self.pipeline, self.refiner, self.extras = family, pipeline, refiner, extras
 
     @property
     def pipelines(self):
@@ -73,19 +85,22 @@ class Sampler:
         return getattr(self.pipeline, self.family.denoiser)
 
     @property
-    def native_resolution(self):
-        """Pixels per side that the denoiser is made for."""
-        latent_pixels = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
-        return self.denoiser.config.sample_size * latent_pixels
-
-    @property
     def takes_resolution(self):
         return "height" in inspect.signature(self.pipeline.__call__).parameters
 
     def arguments(self, prompts, resolution):
-        """Arguments of the pipeline's call for prompts, or class numbers, at a resolution in pixels."""
-        call = {prompt_argument(self.pipeline): prompts} | dict(self.family.call)
-        return call | ({"height": resolution, "width": resolution} if self.takes_resolution else {})
+        """Arguments of the pipeline's call for prompts, or class numbers; resolution is pixels per side or "HxW"."""
+        call = {prompt_argument(self.pipeline): prompts} | dict(self.family.call) | self._negative(self.pipeline, prompts)
+        if self.takes_resolution and resolution is not None:
+            height, width = height_width(resolution)
+            call |= {"height": height, "width": width}
+        return call
+
+    def _negative(self, pipeline, prompts):
+        """The negative prompt, once for each prompt as pipelines want it."""
+        negative = self.extras.negative_prompt
+        takes_it = "negative_prompt" in inspect.signature(pipeline.__call__).parameters
+        return {"negative_prompt": [negative] * len(prompts)} if negative is not None and takes_it else {}
 
     def draw(self, prompts, generators, steps, guidance, resolution):
         """Images (float [N, H, W, 3] in 0..1) of the prompts, or class numbers, a generator for each; their latents.
@@ -115,69 +130,213 @@ class Sampler:
             return self.pipeline(**call, output_type="np").images
         hand_over = self.family.refiner.hand_over
         latents = self.pipeline(**call, denoising_end=hand_over, output_type="latent").images
-        refined = self.refiner(prompt=prompts, image=latents, denoising_start=hand_over, output_type="np", **sampling)
-        return refined.images
+        sampling |= {"denoising_start": hand_over} | self._negative(self.refiner, prompts)
+        return self.refiner(prompt=prompts, image=latents, output_type="np", **sampling).images
 
     def encode(self, prompt, guidance, resolution):
         """Take the pipelines through the encoding of one prompt as `images` would, and no further."""
         call = self.arguments([prompt], resolution) | {"num_inference_steps": SHORTEST, "guidance_scale": guidance}
-        first_call(self.pipeline, self.denoiser, **call)
+        _until_latents(self.pipeline, **call)
         if self.refiner is not None:
-            unet = self.refiner.unet
-            latents = torch.zeros(1, unet.config.in_channels, 8, 8, device=unet.device, dtype=unet.dtype)
+            latents = torch.zeros(1, self.refiner.unet.config.in_channels, 8, 8)
             again = {"prompt": [prompt], "guidance_scale": guidance, "num_inference_steps": SHORTEST, "strength": 1.0}
-            first_call(self.refiner, unet, image=latents, **again)
+            _until_latents(self.refiner, image=latents, **again, **self._negative(self.refiner, [prompt]))
 
     def denoiser_inputs(self, resolution):
         """What the denoiser is called with for one image without guidance, on the meta device: for shapes alone."""
         prompts = [0] if self.family.num_classes else [ANY_PROMPT]
-        call = self.arguments(prompts, resolution) | {"num_inference_steps": 1, "guidance_scale": 1.0}
+        call = self.arguments(prompts, resolution) | {"num_inference_steps": SHORTEST, "guidance_scale": 1.0}
         return map_tensors(_shape_alone, first_call(self.pipeline, self.denoiser, **call))
 
+    def place(self, device):
+        """Put the pipelines on the device, or see to it that their parts come there when they are called."""
+        for pipeline in self.pipelines:
+            if self.extras.offload == "model":
+                pipeline.enable_model_cpu_offload(device=device)
+            elif self.extras.offload == "sequential":
+                pipeline.enable_sequential_cpu_offload(device=device)
+            else:
+                pipeline.to(device)
 
-def load_sampler(family, model_id, device, refiner_id=None, text_encoders=True):
+    def gather(self):
+        """Take all weights back to the host, where they can be changed; `place` undoes it."""
+        if self.extras.offload != "none":
+            for pipeline in self.pipelines:
+                pipeline.remove_all_hooks()
+                pipeline.to("cpu")
+
+
+def height_width(resolution):
+    """(height, width) of pixels per side or "HxW"."""
+    height, _, width = str(resolution).partition("x")
+    return int(height), int(width or height)
+
+
+def _until_latents(pipeline, **arguments):
+    """Run a pipeline until it asks for its first latents: all prompts are encoded by then."""
+
+    def stop(*_args, **_kwargs):
+        raise Taken
+
+    pipeline.prepare_latents = stop
+    try:
+        with torch.no_grad():
+            pipeline(**arguments, output_type="latent")
+    except Taken:
+        return
+    finally:
+        del pipeline.prepare_latents
+    raise RuntimeError(f"{type(pipeline).__name__} did not ask for latents")
+
+
+def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, place=True):
     """The family's pipeline on `device`, weights in the family's precision, its sampler set.
 
-    `refiner_id` is a folder or Hub id of the refiner; None leaves it out. Without `text_encoders` it can draw
-    prompts that are encoded already (models/prompt_memo.py). On the CPU the same weights are computed with in
-    float32, which is faster there.
+    Without `text_encoders` it can draw prompts that are encoded already (models/prompt_memo.py); without `place` it stays on
+    the host until `Sampler.place`. On the CPU the same weights are computed with in float32.
     """
-    pipeline = _load(family, family.pipeline, model_id, text_encoders)
-    if family.scheduler:
-        pipeline.scheduler = getattr(diffusers, family.scheduler).from_config(pipeline.scheduler.config)
+    wanted = None if text_encoders else ()
+    source = model_of(family, model_id)
+    embedded = is_embedded(family, model_id)
+    pipeline = _load_pipeline(family, source, family.pipeline, extras, wanted, embedded=embedded)
     refiner = None
-    if refiner_id is not None:
-        shared = {"vae": pipeline.vae, "text_encoder_2": pipeline.text_encoder_2}
-        refiner = _load(family, family.refiner.pipeline, refiner_id, text_encoders, **shared)
-    for each in filter(None, (pipeline, refiner)):
-        each.set_progress_bar_config(disable=True)
+    if extras.refiner_id is not None:
+        shared = {"vae": pipeline.vae} | ({"text_encoder_2": pipeline.text_encoder_2} if text_encoders else {})
+        refiner = _load_refiner(family, extras, wanted, embedded, shared)
+    return _ready(Sampler(family, pipeline, refiner, extras), device, place)
+
+
+def load_encoder(family, model_id, device, extras=PLAIN):
+    """The family's pipelines with their text encoders alone: a Sampler that can `encode` and nothing else."""
+    source, embedded = model_of(family, model_id), is_embedded(family, model_id)
+    dtype = compute_dtype(family, device)
+    pipeline = _load_pipeline(family, source, family.pipeline, extras, TEXT_ENCODERS, embedded=embedded, dtype=dtype)
+    refiner = None
+    if extras.refiner_id is not None:
+        shared = {"text_encoder_2": pipeline.text_encoder_2}
+        refiner = _load_refiner(family, extras, TEXT_ENCODERS, embedded, shared, dtype)
+    sampler = _ready(Sampler(family, pipeline, refiner, extras), device, place=False)
+    _place_encoders(sampler, device)
+    return sampler
+
+
+def _place_encoders(sampler, device):
+    """On the device as `Sampler.place` has it; layer by layer where they do not fit."""
+    try:
+        sampler.place(device)
+    except torch.OutOfMemoryError:
+        if sampler.extras.offload == "sequential":
+            raise
+        for pipeline in sampler.pipelines:
+            pipeline.remove_all_hooks()
+            pipeline.to("cpu")
+        release_memory()
+        for pipeline in sampler.pipelines:
+            pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def _ready(sampler, device, place):
+    for pipeline in sampler.pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        if device.type == "cpu":
+            with quiet_loading():
+                pipeline.to(dtype=torch.float32)
+        if sampler.extras.vae_tiling and pipeline.vae is not None:
+            pipeline.vae.enable_tiling()
+    if place:
         with quiet_loading():
-            each.to(device, compute_dtype(family, device))
-    return Sampler(family, pipeline, refiner)
+            sampler.place(device)
+    return sampler
 
 
-def load_denoiser(family, model_id, device):
+def _load_refiner(family, extras, wanted, embedded, shared, dtype=None):
+    source = facts.open_model(family, extras.refiner_id, family.refiner.pipeline)
+    plain = Extras(scheduler=extras.scheduler)
+    return _load_pipeline(family, source, family.refiner.pipeline, plain, wanted, shared, embedded, dtype)
+
+
+def _load_pipeline(family, source, class_name, extras, wanted=None, shared=None, embedded=False, dtype=None):
+    """The pipeline of a source, its models on the host in the family's precision; some are `shared` with another.
+
+    `wanted` is None for all models, () for all but text encoders, or the names of those that are loaded; a description of
+    `dtype` stands in for the others that a pipeline reads settings of.
+    """
+    modules, configurations = dict(shared or {}), _configurations(source, family)
+    names = [name for name in configurations if name not in modules]
+    if wanted == ():
+        modules |= {name: None for name in names if name in TEXT_ENCODERS}
+    elif wanted is not None:
+        modules |= {name: None for name in names if name not in wanted}
+    variants = (family.variant,) if family.variant and family.dtype == torch.float16 else ()
+    loaded = {name: source.load_component(name, family.dtype, variants) for name in names if name not in modules}
+    lora.fuse(extras.loras, loaded, class_name, configurations)
+    pipeline = _assemble(source, class_name, modules | loaded)
+    pipeline.scheduler = schedulers.settled(pipeline.scheduler, family, embedded, extras.scheduler)
+    for name in names:
+        if wanted and name not in wanted and name not in TEXT_ENCODERS:
+            object.__setattr__(pipeline, name, _description(source, name, dtype))
+    return pipeline
+
+
+def _configurations(source, family):
+    """{name: configuration} of the models of a pipeline: its denoiser, autoencoder and text encoders."""
+    names = (family.denoiser, "vae", *TEXT_ENCODERS)
+    index = source.index
+    return {name: source.config(name) for name in names if isinstance(index.get(name), list) and index[name][0]}
+
+
+def _assemble(source, class_name, modules):
+    """The pipeline with these models, and its own tokenizers and sampler."""
+    pipeline_class = getattr(diffusers, class_name)
+    known = inspect.signature(pipeline_class.__init__).parameters
+    switches = {name: value for name, value in (LEFT_OUT | SWITCHED_OFF).items() if name in known}
+    if isinstance(source, SingleFile):
+        modules = modules | source.tokenizers()
+    with explained(source.model_id, "pipeline"):
+        pipeline = pipeline_class.from_pretrained(str(source.folder), **modules, **switches)
+    _check_tokenizers(source, pipeline)
+    return pipeline
+
+
+def _check_tokenizers(source, pipeline):
+    """InputError if a tokenizer has no vocabulary: transformers makes an empty one of a folder without its files."""
+    for number, encoder in enumerate(TEXT_ENCODERS, start=1):
+        name = "tokenizer" if number == 1 else f"tokenizer_{number}"
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None:
+            continue
+        tokens, most = len(tokenizer), source.config(encoder).get("vocab_size")
+        if tokens <= len(set(tokenizer.all_special_ids)) + 1:
+            raise InputError(f"{source.model_id}: its {name} has no vocabulary; its folder lacks a file, fetch it again")
+        if most is not None and tokens > most:
+            raise InputError(f"{source.model_id}: its {name} has {tokens} tokens, and its {encoder} knows {most}")
+
+
+def _description(source, name, dtype):
+    """What a pipeline may ask of a model that is not loaded: its settings and precision."""
+    settings = inspect.signature(component_class(source, name).__init__).parameters
+    known = {key: each.default for key, each in settings.items() if each.default is not inspect.Parameter.empty}
+    return SimpleNamespace(config=SimpleNamespace(**known | source.config(name)), dtype=dtype)
+
+
+def load_denoiser(family, model_id, device, loras=()):
     """The family's denoiser alone, without text encoders and autoencoder, in the family's precision."""
-    with _explained(family, family.pipeline, model_id):
-        if is_single_file(model_id):
-            denoiser = _denoiser_of_single_file(family, Path(model_id))
-        else:
-            folder = folder_of(family, model_id)
-            _check_class(family, model_id, _index_of(folder), family.pipeline)
-            denoiser = diffusers.AutoModel.from_pretrained(
-                folder, subfolder=family.denoiser, dtype=family.dtype, **_variant(family, folder)
-            )
+    source = model_of(family, model_id)
+    variants = (family.variant,) if family.variant and family.dtype == torch.float16 else ()
+    denoiser = source.load_component(family.denoiser, family.dtype, variants)
+    lora.fuse(loras, {family.denoiser: denoiser}, family.pipeline, _configurations(source, family))
     with quiet_loading():
-        return denoiser.to(device, family.dtype)
+        return denoiser.to(device)
 
 
-def compute_dtype(family, device):
-    return torch.float32 if device.type == "cpu" else family.dtype
+def model_of(family, model_id):
+    """The Repository or SingleFile that `model_id` stands for."""
+    return facts.open_model(family, folder_of(family, model_id))
 
 
 def folder_of(family, model_id):
-    """The folder or Hub id that `model_id` stands for."""
-    return str(EMBEDDED_FOLDER / family.name) if is_embedded(family, model_id) else model_id
+    """The folder, file or Hub id that `model_id` stands for."""
+    return str(EMBEDDED_FOLDER / family.name) if is_embedded(family, model_id) else str(model_id)
 
 
 def refiner_of(family, model_id):
@@ -185,6 +344,13 @@ def refiner_of(family, model_id):
     if family.refiner is None:
         return None
     return str(EMBEDDED_FOLDER / family.refiner.name) if is_embedded(family, model_id) else family.refiner.model_id
+
+
+def release_memory():
+    """Give back what nothing refers to any more, on the host and on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _shape_alone(tensor):
@@ -196,144 +362,3 @@ def meta_denoiser(denoiser):
     """A copy of the denoiser in float32 without weights, on the meta device: for shapes alone."""
     with torch.device("meta"):
         return type(denoiser).from_config(denoiser.config)
-
-
-def _load(family, class_name, model_id, text_encoders=True, **parts):
-    pipeline_class = getattr(diffusers, class_name)
-    with _explained(family, class_name, model_id):
-        if is_single_file(model_id):
-            return _load_single_file(family, pipeline_class, Path(model_id))
-        folder = folder_of(family, model_id)
-        index = _index_of(folder)
-        _check_class(family, model_id, index, class_name)
-        if not text_encoders:
-            parts |= {name: None for name in TEXT_ENCODERS if name in index}
-        return pipeline_class.from_pretrained(folder, dtype=family.dtype, **parts, **_variant(family, folder))
-
-
-def _index_of(folder):
-    """The index of the pipeline in a folder or, fetched at once or not at all, of a Hub id."""
-    local = folder if Path(folder).is_dir() else snapshot_download(folder, allow_patterns=INDEX)
-    return diffusers.DiffusionPipeline.load_config(local)
-
-
-def _load_single_file(family, pipeline_class, path):
-    """The pipeline of a CompVis checkpoint, configured without the Hub."""
-    config = _config_beside(family, path)
-    parts = {"tokenizer": _clip_tokenizer(config), "safety_checker": None, "feature_extractor": None}
-    pipeline = _from_single_file(family, pipeline_class, path, config, **parts)
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and any(weight.is_meta for weight in part.parameters()):
-            raise ValueError(f"not all weights of its {name} are in it")
-    return pipeline
-
-
-def _denoiser_of_single_file(family, path):
-    config = _config_beside(family, path)
-    denoiser_class = getattr(diffusers, _index_of(config)[family.denoiser][1])
-    return _from_single_file(family, denoiser_class, path, config, subfolder=family.denoiser)
-
-
-def _from_single_file(family, loaded_class, path, config, **arguments):
-    with torch.serialization.safe_globals(_stand_ins(path)):
-        return loaded_class.from_single_file(
-            str(path), config=str(config), local_files_only=True, dtype=family.dtype, **arguments
-        )
-
-
-def _config_beside(family, path):
-    """The folder that configures a checkpoint: of its own name beside it, else the project's."""
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such checkpoint; download {path.name} of {family.title} and put it there, or name another "
-            "file, folder or Hub id with --model_id; `--model_id embedded` works offline"
-        )
-    beside = path.with_suffix("")
-    config = beside if (beside / INDEX).is_file() else SD1_CONFIG
-    _check_class(family, config, _index_of(config), family.pipeline)
-    return config
-
-
-class _StandIn:
-    """Takes the place of an object that is not read: does nothing with whatever it is given."""
-
-    def __init__(self, *_arguments):
-        pass
-
-    def __setstate__(self, _state):
-        pass
-
-
-def _stand_ins(path):
-    """(stand-in, name) of everything in a checkpoint that is neither tensor nor plain data.
-
-    The published checkpoint keeps its trainer's callbacks, objects of PyTorch Lightning, beside the weights.
-    """
-    if not zipfile.is_zipfile(path):
-        return []
-    return [(_StandIn, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
-
-
-def _clip_tokenizer(config):
-    """The tokenizer in the configuration's folder, else CLIP's from the Hub or its cache.
-
-    Tokens are counted because transformers takes a folder without a vocabulary for an empty one.
-    """
-    text_encoder = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
-    folder = config / "tokenizer"
-    with contextlib.suppress(*NOT_LOADED):
-        found = folder if folder.is_dir() else snapshot_download(SD1_TOKENIZER, allow_patterns=["*.json", "merges.txt"])
-        tokenizer = CLIPTokenizer.from_pretrained(found, model_max_length=text_encoder.max_position_embeddings)
-        if len(tokenizer) == text_encoder.vocab_size:
-            return tokenizer
-    raise InputError(
-        f"the checkpoint holds no vocabulary, and the {text_encoder.vocab_size} tokens of {SD1_TOKENIZER} are neither "
-        f"in {folder} nor fetched from the Hub; put that model's vocab.json and merges.txt there"
-    )
-
-
-def _variant(family, folder):
-    """The family's file variant on the Hub; a local folder has its own files."""
-    return {"variant": family.variant} if family.variant and not Path(folder).is_dir() else {}
-
-
-def _check_class(family, model_id, index, wanted):
-    if index["_class_name"] != wanted:
-        raise InputError(f"{model_id}: holds a {index['_class_name']}, {family.title} needs a {wanted}")
-
-
-@contextlib.contextmanager
-def _explained(family, class_name, model_id):
-    """Loading in quiet; what fails is said in one line."""
-    try:
-        with quiet_loading():
-            yield
-    except NOT_LOADED as reason:
-        raise InputError(_why_not_loaded(family, class_name, model_id, reason)) from None
-
-
-@contextlib.contextmanager
-def quiet_loading():
-    """Loading without the libraries' own bars and notes; errors still raise."""
-    libraries = (diffusers.logging, transformers.logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
-
-
-def _why_not_loaded(family, class_name, model_id, reason):
-    if is_single_file(model_id):
-        return f"{model_id}: this file is not a checkpoint of {family.title} ({first_line(reason)})"
-    if Path(model_id).is_dir():
-        return f"{model_id}: this folder is not a {class_name} in diffusers format ({first_line(reason)})"
-    return (
-        f"{family.title}: {model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub; "
-        "give a folder or Hub id with --model_id; `--model_id embedded` works offline"
-    )

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from models.pipelines import ANY_PROMPT, TEXT_ENCODERS
+from models.components import TEXT_ENCODERS
+from models.pipelines import ANY_PROMPT
 from quant.storage import atomic_write, load_checkpoint
 
 

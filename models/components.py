@@ -1,0 +1,179 @@
+"""One component of a pipeline at a time: its class, its weights, and that they are all there and nothing else is."""
+
+import contextlib
+import errno
+import pickle
+import re
+import struct
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+from errors import InputError, first_line
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+DENOISERS = ("transformer", "unet", "prior")
+ADAPTER = re.compile(r"\b(lora_(A|B|up|down|unet|te\d?)|base_layer|hada_w\d|lokr_w\d)\b|lora_unet_|lora_te")
+# Parts of text encoders that no pipeline reads, and tables of numbers that old versions kept with the weights.
+UNREAD = re.compile(r"(^|\.)(pooler\.|position_ids$)")
+LOW_BIT = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"}
+NOT_LOADED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, ImportError, IndexError),
+    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SingleFileComponentError),
+)
+
+
+def load_component(repository, name, dtype, variants=()):
+    """The component `name` of a repository's pipeline in `dtype`, on the CPU, in evaluation mode.
+
+    What its library keeps in float32 stays so. InputError names the component and the first key if the file lacks a
+    weight or has others.
+    """
+    library = repository.index[name][0]
+    check_plain(repository, name)
+    loaded_class = component_class(repository, name)
+    files = repository.weights(name, library, variants)
+    repository.fetch(files.names)
+    where = f"{repository.folder / files.names[0]}"
+    with explained(repository.model_id, name):
+        check_float(repository.folder, files, repository.model_id, name)
+        module, report = loaded_class.from_pretrained(
+            repository.folder / name,
+            dtype=dtype,
+            variant=files.variant,
+            use_safetensors=files.safetensors,
+            local_files_only=True,
+            output_loading_info=True,
+            **MISMATCHES_REPORTED.get(library, {}),
+        )
+    check_keys(f"{where} ({name})", module, report)
+    return module.eval()
+
+
+# transformers would make up at random what does not fit; so it reports it, and check_keys refuses.
+MISMATCHES_REPORTED = {"transformers": {"ignore_mismatched_sizes": True}}
+
+
+def component_class(repository, name):
+    """The class of a pipeline's component; InputError if the installed libraries have no such class."""
+    library, class_name = repository.index[name]
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if module is None:
+        raise InputError(
+            f"{repository.model_id}: its {name} needs code of its own ({library}.{class_name}), which is not run"
+        )
+    found = getattr(module, str(class_name), None)
+    if found is None:
+        version = f"{library} {module.__version__}"
+        raise InputError(f"{repository.model_id}: its {name} is a {class_name}, which {version} does not have")
+    return found
+
+
+def check_plain(repository, name):
+    """InputError if a component's configuration says that another program has quantized it."""
+    settings = repository.config(name).get("quantization_config")
+    if settings:
+        how = settings.get("quant_method") or settings.get("quant_algo") if isinstance(settings, dict) else None
+        raise InputError(
+            f"{repository.model_id}: its {name} is already quantized{f' by {how}' if how else ''}; give the model that "
+            "it was made from, in half precision or float32"
+        )
+
+
+def check_float(folder, files, model_id, name):
+    """InputError if the weights in safetensors files are of no floating-point type that quantizers are fitted to."""
+    if not files.safetensors:
+        return
+    from safetensors import safe_open
+
+    for file in files.names:
+        with safe_open(folder / file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 (no dict)
+                kind = weights.get_slice(key).get_dtype()
+                if kind in LOW_BIT:
+                    raise InputError(
+                        f"{folder / file} ({name}): {key} is kept in {kind}; these weights are already quantized: give the "
+                        "model that they were made from"
+                    )
+
+
+def check_keys(where, module, report):
+    """InputError, naming the first key, unless the file's keys are the module's, no more and no fewer, of its shapes."""
+    missing = _that_matter(report["missing_keys"])
+    unexpected = _that_matter(report["unexpected_keys"])
+    if adapter := next(filter(ADAPTER.search, unexpected), None):
+        raise InputError(adapter_message(where, adapter))
+    if report["mismatched_keys"]:
+        key, *shapes = sorted(report["mismatched_keys"], key=str)[0]
+        shapes = " and not ".join(str(list(shape)) for shape in shapes)
+        raise InputError(f"{where}: {key} has the shape {shapes} of its configuration")
+    left = [key for key, weight in module.state_dict().items() if weight.is_meta]
+    if missing := sorted({*missing, *_that_matter(left)}):
+        raise InputError(f"{where}: lacks {_count(missing)} of its weights, first {missing[0]}; fetch or convert it again")
+    if unexpected:
+        raise InputError(
+            f"{where}: has {_count(unexpected)} weights that a {type(module).__name__} has no place for, first "
+            f"{unexpected[0]}; is it of another model?"
+        )
+
+
+def adapter_message(where, key):
+    return (
+        f"{where}: holds an adapter's weights (LoRA or the like: {key}), not a model's alone; give the base model by "
+        "--model_id and the adapter by --lora, or merge and save it first (fuse_lora, unload_lora_weights)"
+    )
+
+
+def _that_matter(keys):
+    return sorted(key for key in keys if not UNREAD.search(key))
+
+
+def _count(keys):
+    return f"{len(keys):,}"
+
+
+@contextlib.contextmanager
+def explained(model_id, what):
+    """Loading in quiet; what a library raises is said in one line, with its own reason."""
+    try:
+        with quiet_loading():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_LOADED as reason:
+        raise InputError(why_not_loaded(model_id, what, reason)) from reason
+
+
+def why_not_loaded(model_id, what, reason):
+    """One line that tells why a part of a model cannot be loaded."""
+    if isinstance(reason, ImportError):
+        return f"{model_id}: its {what} needs a package that is not installed: {_package_of(reason)}"
+    if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
+        return f"{model_id}: the disk is full ({first_line(reason)})"
+    return f"{model_id}: its {what} cannot be read ({first_line(reason)})"
+
+
+def _package_of(reason):
+    """What an ImportError asks for: libraries' messages are long, and name it somewhere in them."""
+    text = " ".join(str(reason).split())
+    if named := re.search(r"pip install ([\w\-\[\]>=.]+)", text):
+        return f"pip install {named[1]}"
+    return f"pip install {reason.name}" if reason.name else text[:200]
+
+
+@contextlib.contextmanager
+def quiet_loading():
+    """Loading without the libraries' own bars and notes; errors still raise."""
+    libraries = (diffusers.logging, transformers.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
