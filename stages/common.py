@@ -1,24 +1,17 @@
-"""What the three stages share: flags, log, run folder, and the one-line end of a bad run."""
+"""What the three stages share: flags, and the one-line end of a bad run."""
 
 import argparse
-import contextlib
-import fcntl
 import importlib.util
 import logging
 import math
-import os
-import socket
 import sys
 import time
 import warnings
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import SINGLE_FILES, defaults, is_embedded, load_sampler, refiner_of
-from quant.storage import atomic_write
 
 log = logging.getLogger("qua2sedimo")
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
@@ -145,45 +138,6 @@ def share(text):
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
     return number
-
-
-@contextlib.contextmanager
-def only_run_in(folder):
-    """Hold `folder` for this process; InputError, naming the other, while another run holds it.
-
-    The system lets go of the lock when its process ends, however it ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"{folder}: {file.read() or 'another process'} is at work here; give another --outdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def start_log(folder):
-    """Log to the screen and to `run.log` in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(folder / "run.log")):
-        handler.setFormatter(formatter)
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
-
-
-def save_settings(args, path):
-    """Write the run's flags, all of them, as YAML."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    with atomic_write(path) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
 
 
 def check_extra(package, extra, what):

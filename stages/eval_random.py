@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 import constants
 from errors import InputError
 from evaluation import fid, prompts
@@ -18,15 +16,13 @@ from stages.common import (
     add_sampling_flags,
     at_least,
     log,
-    only_run_in,
     parse_sampling,
     parser_for,
-    save_settings,
     share,
-    start_log,
 )
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
+from stages.run_folder import only_run_in, read_settings, save_settings, start_log
 from stages.workers import start_workers
 
 # A label depends on these flags; a run goes on only with the same ones.
@@ -153,17 +149,6 @@ def check_same_run(args, settings):
                 f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag, None)}; "
                 "give the same flags to go on, or another --outdir"
             )
-
-
-def read_settings(path):
-    """The flags that a run was started with, as `save_settings` wrote them."""
-    try:
-        settings = OmegaConf.load(path)
-    except Exception as reason:  # the YAML reader raises many types
-        settings = type(reason).__name__
-    if not isinstance(settings, DictConfig) or "seed" not in settings:
-        raise InputError(f"{path}: damaged; move it and the labels beside it away, or give another --outdir")
-    return settings
 
 
 def results_table(rows, full_precision):

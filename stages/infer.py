@@ -1,7 +1,5 @@
 """Stage 3: generate images with a quantized denoiser, beside the full-precision ones."""
 
-import time
-from datetime import datetime
 from pathlib import Path
 
 from errors import InputError
@@ -17,9 +15,8 @@ from stages.common import (
     log,
     parse_sampling,
     parser_for,
-    save_settings,
-    start_log,
 )
+from stages.run_folder import make_run_folder, save_settings, start_log
 
 
 def main(family):
@@ -87,13 +84,3 @@ def parse_args(family):
     else:
         args.prompt = args.prompt or [row.prompt]
     return args
-
-
-def make_run_folder(outdir):
-    """A new folder named by the time, with `samples` in it."""
-    folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    while folder.exists():
-        time.sleep(0.1)
-        folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    (folder / "samples").mkdir(parents=True)
-    return folder

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from errors import InputError
 from evaluation import jsonl, quant_cache
-from stages.eval_random import LABEL_FLAGS, read_settings
+from stages.eval_random import LABEL_FLAGS
+from stages.run_folder import read_settings
 
 OWN_FLAGS = ("seed", "a_l", "a_u", "halving_key", "chosen_key")  # in which labels that are merged may differ
 NOT_NUMBERS = ("row", "configuration", "images")  # what else is in a line of proxies

@@ -21,7 +21,7 @@ from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
 from stages import eval_random, infer, labeller, multiquantizer
-from stages.common import only_run_in
+from stages.run_folder import only_run_in
 
 
 def test_the_cache(labels, family):
