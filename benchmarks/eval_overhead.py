@@ -21,10 +21,10 @@ from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, modules, multiquantizer
-from stages.common import load_for
 from stages.eval_random import prompts_for
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
+from stages.sampling import load_for
 from stages.workers import StoredPrompts, ThisProcess, start_workers
 
 

@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.machine import peak_memory, reset_peak_memory, write_result
 from benchmarks.weights import random_denoiser
+from models.components import quiet_loading
 from models.families import FAMILIES
-from models.pipelines import compute_dtype, pick_device, quiet_loading
+from models.pipelines import compute_dtype, pick_device
 from quant import config, methods, modules, multiquantizer, published
 
 

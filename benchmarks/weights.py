@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from models import geometry
+from models.components import quiet_loading
 from models.families import FAMILIES
 from models.layers import find_slots, free_keys, weight_layers
-from models.pipelines import load_denoiser, quiet_loading
+from models.pipelines import load_denoiser
 from quant.multiquantizer import slot_weight
 
 POOL = 2**24

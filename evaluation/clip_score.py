@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from transformers import CLIPModel, CLIPProcessor
 
 from errors import InputError, first_line
-from models.pipelines import quiet_loading
+from models.components import quiet_loading
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 WAY_OUT = "give a local folder in the same format by --clip_model, or leave out --clip_score"

@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
 
 from errors import InputError, first_line
 
@@ -21,7 +22,7 @@ UNREAD = re.compile(r"(^|\.)(pooler\.|position_ids$)")
 LOW_BIT = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"}
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, ImportError, IndexError),
-    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SingleFileComponentError),
+    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SafetensorError, SingleFileComponentError),
 )
 
 
@@ -38,7 +39,7 @@ def load_component(repository, name, dtype, variants=()):
     repository.fetch(files.names)
     where = f"{repository.folder / files.names[0]}"
     with explained(repository.model_id, name):
-        check_float(repository.folder, files, repository.model_id, name)
+        check_float(repository.folder, files, name)
         module, report = loaded_class.from_pretrained(
             repository.folder / name,
             dtype=dtype,
@@ -82,21 +83,28 @@ def check_plain(repository, name):
         )
 
 
-def check_float(folder, files, model_id, name):
+def check_float(folder, files, name):
     """InputError if the weights in safetensors files are of no floating-point type that quantizers are fitted to."""
     if not files.safetensors:
         return
-    from safetensors import safe_open
-
     for file in files.names:
-        with safe_open(folder / file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 (no dict)
-                kind = weights.get_slice(key).get_dtype()
-                if kind in LOW_BIT:
-                    raise InputError(
-                        f"{folder / file} ({name}): {key} is kept in {kind}; these weights are already quantized: give the "
-                        "model that they were made from"
-                    )
+        try:
+            kinds = dtypes_of(folder / file)
+        except (OSError, SafetensorError) as reason:
+            raise InputError(
+                f"{folder / file} ({name}): damaged, not a whole .safetensors file ({first_line(reason)}); fetch it again"
+            ) from None
+        if key := next((key for key, kind in kinds.items() if kind in LOW_BIT), None):
+            raise InputError(
+                f"{folder / file} ({name}): {key} is kept in {kinds[key]}; these weights are already quantized: give the "
+                "model that they were made from"
+            )
+
+
+def dtypes_of(path):
+    """{key: name of its type} of a safetensors file."""
+    with safe_open(path, framework="pt") as weights:
+        return {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (no dict)
 
 
 def check_keys(where, module, report):

@@ -33,7 +33,7 @@ def open_model(family, model_id, class_name=None):
     else:
         source = open_repository(model_id)
         if INDEX not in source.names:
-            raise InputError(_no_pipeline(source))
+            raise InputError(_no_pipeline(source, class_name))
     found = source.index.get("_class_name")
     if found != class_name:
         raise InputError(f"{model_id}: holds a {found}, {family.title} needs a {class_name}")
@@ -41,17 +41,17 @@ def open_model(family, model_id, class_name=None):
     return source
 
 
-def _no_pipeline(source):
+def _no_pipeline(source, class_name):
     adapter = next((name for name in ADAPTER_FILES if name in source.names), None)
     if adapter:
         what = f"{source.model_id}: holds an adapter ({adapter}), not a model"
         return f"{what}; give the base model by --model_id and this by --lora"
-    if not source.names and source.hub:
-        return source.missing(INDEX)
     if "config.json" in source.names:
         alone = source.read_json("config.json").get("_class_name") or "component"
         return f"{source.model_id}: holds a {alone} alone; give the folder of the whole pipeline, the one with {INDEX}"
-    return source.missing(INDEX)
+    if source.hub:
+        return source.missing(INDEX)
+    return f"{source.model_id}: this folder is not a {class_name} in diffusers format (it has no {INDEX})"
 
 
 def check_denoiser(family, source):

@@ -1,6 +1,7 @@
 """What the three stages share: flags, and the one-line end of a bad run."""
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -9,12 +10,17 @@ import time
 import warnings
 from pathlib import Path
 
+import diffusers
+import torch
+
 from errors import InputError
 from models.families import FAMILIES
-from models.pipelines import SINGLE_FILES, defaults, is_embedded, load_sampler, refiner_of
+from models.lora import open_lora
+from models.pipelines import is_embedded
+from models.single_file import SUFFIXES
 
 log = logging.getLogger("qua2sedimo")
-RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
+PRECISIONS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,12 +38,26 @@ def parser_for(family, stage, description):
     add_flag(parser, family, "--model_id", default=family.model_id, help=model_help(family))
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; default: CUDA where there is one, else the CPU")
     parser.add_argument("--seed", type=seed, default=42, help="seed of everything random")
+    own = str(family.dtype).removeprefix("torch.")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), help=f"precision of the weights; default {own}")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="PATH_OR_ID[:SCALE]",
+        help="LoRA adapters, fused into the weights before anything else",
+    )
     return parser
 
 
+def in_precision(family, dtype_name):
+    """The family with its weights in the precision that --dtype names; None leaves its own."""
+    return family if dtype_name is None else dataclasses.replace(family, dtype=PRECISIONS[dtype_name])
+
+
 def model_help(family):
-    single_file = "single .ckpt file, " if family.model_id.endswith(SINGLE_FILES) else ""
-    return f"{single_file}Hub id, local folder, or `embedded` (works offline)"
+    single_file = "single file, " if hasattr(getattr(diffusers, family.pipeline), "from_single_file") else ""
+    return f"{single_file}Hub id, local folder, or `embedded` (works offline); default {family.model_id}"
 
 
 def add_flag(parser, family, flag, **settings):
@@ -45,51 +65,13 @@ def add_flag(parser, family, flag, **settings):
     parser.add_argument(flag, *(alias for name, alias in family.aliases if name == flag), dest=flag.strip("-"), **settings)
 
 
-def add_sampling_flags(parser, family):
-    """The flags of the stages that make images."""
-    parser.add_argument("--res", type=at_least(1), help=f"pixels per side; default {family.resolution}, embedded its own")
-    add_flag(parser, family, "--steps", type=at_least(1), help="sampler steps; default the model's")
-    add_flag(parser, family, "--guidance", type=finite, help="guidance scale; default the model's")
-    parser.add_argument("--batch_size", type=at_least(1), help="images generated together; default the model's")
-    parser.add_argument("--multi_chkpt", type=Path, help=f"multiquantizer; default multiquantizers/{family.name}_mq.pt")
-    if any(flag == "--eta" for flag, _ in family.aliases):
-        add_flag(parser, family, "--eta", type=finite, default=0.0, help="must be 0: the sampler is PLMS")
-    if family.refiner:
-        parser.add_argument("--refiner_id", help=f"Hub id or folder of the refiner; default {family.refiner.model_id}")
-        parser.add_argument("--no_refiner", action="store_true", help="leave the refiner out")
-
-
-def parse_sampling(parser, family, guidance="guidance"):
-    """The parsed flags, those left out filled from the model's row, whose guidance stands in the column named."""
-    args = parser.parse_args()
-    row = defaults(family, args.model_id)
-    args.steps = args.steps or row.steps
-    args.batch_size = args.batch_size or row.batch_size
-    args.res = args.res or (None if family.num_classes else row.resolution)
-    if args.guidance is None:
-        args.guidance = row.guidance if getattr(row, guidance) is None else getattr(row, guidance)
-    args.multi_chkpt = args.multi_chkpt or multiquantizer_path(family, args.model_id)
-    if family.refiner:
-        args.refiner_id = None if args.no_refiner else args.refiner_id or refiner_of(family, args.model_id)
-    if getattr(args, "eta", 0):
-        raise InputError(f"--eta {args.eta}: {family.title} is sampled with PLMS, which draws no noise; leave it at 0")
-    return args
-
-
-def load_for(args, family, device, text_encoders=True):
-    """The sampler that the flags ask for; InputError if a flag is not for this model."""
-    sampler = load_sampler(family, args.model_id, device, getattr(args, "refiner_id", None), text_encoders)
-    own = sampler.native_resolution
-    if not sampler.takes_resolution and args.res not in (None, own):
-        raise InputError(f"--res {args.res}: {args.model_id} makes images of {own} px only")
-    if args.res and args.res % RESOLUTION_STEP:
-        raise InputError(f"--res {args.res}: is not a multiple of {RESOLUTION_STEP}")
-    if args.steps < family.least_steps:
-        raise InputError(f"--steps {args.steps}: {family.title} needs at least {family.least_steps}")
-    longest = sampler.pipeline.scheduler.config.num_train_timesteps
-    if args.steps > longest:
-        raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
-    return sampler
+def multiquantizer_of(args, family):
+    """Where the multiquantizer of the flags' model stands by default; adapters and another precision are in its name."""
+    path = multiquantizer_path(family, args.model_id)
+    changes = [open_lora(each).name for each in args.lora]
+    if family.dtype != FAMILIES[family.name].dtype:
+        changes.append(args.dtype)
+    return path.with_name("_".join([path.name.removesuffix("_mq.pt"), *changes, "mq.pt"]))
 
 
 def multiquantizer_path(family, model_id):
@@ -100,7 +82,7 @@ def multiquantizer_path(family, model_id):
         suffix = "_embedded"
     else:
         path = Path(model_id)
-        suffix = f"_{path.stem if path.suffix in SINGLE_FILES else path.name}"
+        suffix = f"_{path.stem if path.suffix.lower() in SUFFIXES else path.name}"
     return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
 
 

@@ -8,21 +8,15 @@ from evaluation import fid, prompts
 from evaluation.clip_score import CLIP_MODEL
 from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
-from models.pipelines import defaults, is_embedded, pick_device
+from models.pipelines import is_embedded, pick_device
 from quant import config, multiquantizer
 from quant.storage import remove_leftovers
 from stages import halving
-from stages.common import (
-    add_sampling_flags,
-    at_least,
-    log,
-    parse_sampling,
-    parser_for,
-    share,
-)
+from stages.common import at_least, in_precision, log, parser_for, share
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
+from stages.sampling import add_sampling_flags, parse_sampling
 from stages.workers import start_workers
 
 # A label depends on these flags; a run goes on only with the same ones.
@@ -35,6 +29,11 @@ LABEL_FLAGS = (
     "res",
     "steps",
     "guidance",
+    "scheduler",
+    "negative_prompt",
+    "vae_tiling",
+    "dtype",
+    "lora_key",  # scale and content of each --lora
     "clip_score",
     "clip_model",
     "a_l",
@@ -49,6 +48,7 @@ LABEL_FLAGS = (
 
 def main(family):
     args = parse_args(family)
+    family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     if args.reference is None:
         embedded = is_embedded(family, args.model_id)
@@ -128,9 +128,8 @@ def parse_args(family):
 
 def prompts_for(args, family):
     """`n_imgs` prompts, or class numbers for a family that has no prompts."""
-    row = defaults(family, args.model_id)
     if family.num_classes:
-        return [index % row.num_classes for index in range(args.n_imgs)]
+        return [index % args.num_classes for index in range(args.n_imgs)]
     if args.prompts is None and is_embedded(family, args.model_id):
         return [caption for _, caption in subject_prompts(args.n_imgs)]
     return prompts.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)

@@ -8,28 +8,22 @@ from evaluation.images import generate, save_png
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
-from stages.common import (
-    add_sampling_flags,
-    at_least,
-    load_for,
-    log,
-    parse_sampling,
-    parser_for,
-)
+from stages.common import at_least, in_precision, log, parser_for
 from stages.run_folder import make_run_folder, save_settings, start_log
+from stages.sampling import add_sampling_flags, load_for, parse_sampling
 
 
 def main(family):
     args = parse_args(family)
+    family = in_precision(family, args.dtype)
     device = pick_device(args.device)
-    sampler = load_for(args, family, device)
+    chosen = args.cls_id if family.num_classes else args.prompt
+    prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
+    sampler = load_for(args, family, device, prompts)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
     configuration = config.load(args.q_config, slots)
     description = config.describe(configuration, slots, entries, family.precision_bits)
     avg_bits = config.avg_bits(description, family.precision_bits)
-
-    chosen = args.cls_id if family.num_classes else args.prompt
-    prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
     folder = make_run_folder(args.outdir)
     start_log(folder)
     save_settings(args, folder / "sampling_config.yaml")
@@ -77,10 +71,10 @@ def parse_args(family):
     row = defaults(family, args.model_id)
     args.q_config = row.q_config if args.q_config is None else args.q_config
     if family.num_classes:
-        args.cls_id = args.cls_id or list(row.class_ids)
+        args.cls_id = args.cls_id or [each for each in row.class_ids if each < args.num_classes] or [0]
         for class_id in args.cls_id:
-            if not 0 <= class_id < row.num_classes:
-                raise InputError(f"--cls_id {class_id}: {args.model_id} has classes 0 to {row.num_classes - 1}")
+            if not 0 <= class_id < args.num_classes:
+                raise InputError(f"--cls_id {class_id}: {args.model_id} has classes 0 to {args.num_classes - 1}")
     else:
         args.prompt = args.prompt or [row.prompt]
     return args

@@ -14,9 +14,9 @@ from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
-from models.prompt_memo import encode_prompts, remember
 from quant import config, modules, multiquantizer
-from stages.common import load_for
+from stages.common import in_precision
+from stages.sampling import encode_for, load_encoded
 
 
 class Job(NamedTuple):
@@ -28,7 +28,7 @@ class Job(NamedTuple):
 
     @property
     def family(self):
-        return FAMILIES[self.family_name]
+        return in_precision(FAMILIES[self.family_name], self.args.dtype)
 
 
 class Task(NamedTuple):
@@ -58,7 +58,7 @@ def make_extractor(job, device):
 
 def encode(job, device):
     """The job's prompt embeddings, by a pipeline that is loaded for nothing else."""
-    return encode_prompts(load_for(job.args, job.family, device), job.prompts, job.args.guidance, job.args.res)
+    return [] if job.family.num_classes else encode_for(job.args, job.family, device, job.prompts)
 
 
 class AtOnce(Executor):
@@ -75,28 +75,20 @@ class AtOnce(Executor):
 
 
 class Labeller:
-    """Measures configurations of a job; `embeddings` are its prompts', if they are known already."""
+    """Measures configurations of a job; `embeddings` are its prompts'."""
 
-    def __init__(self, job, device, embeddings=None, extractor=None):
+    def __init__(self, job, device, embeddings, extractor=None):
         self.args, self.family, self.prompts, self.device = job.args, job.family, job.prompts, device
         self.extractor = extractor or make_extractor(job, device)
         self.clip = ClipScore(self.args.clip_model, device) if self.args.clip_score else None
         self.watch = Stopwatch(device)
-        self.sampler = load_for(self.args, self.family, device, text_encoders=embeddings is None)
+        self.sampler = load_encoded(self.args, self.family, device, embeddings)
         denoiser = self.sampler.denoiser
         self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
-        self.embeddings = self._know_prompts(embeddings)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
         self.parts = modules.install(denoiser, self.family, self.slots)
         vae = self.sampler.pipeline.vae
         vae.decode = self.watch.timed("decode", vae.decode)
-
-    def _know_prompts(self, embeddings):
-        if embeddings is not None:
-            remember(self.sampler, embeddings)
-            return embeddings
-        with self.watch.phase("encode"):
-            return encode_prompts(self.sampler, self.prompts, self.args.guidance, self.args.res)
 
     def configuration(self, index):
         if self.args.q_config:

@@ -4,18 +4,21 @@ import time
 from pathlib import Path
 
 from errors import InputError
+from models.lora import open_lora
 from models.pipelines import load_denoiser, pick_device
 from quant import multiquantizer, published
-from stages.common import multiquantizer_path, parser_for
+from stages.common import in_precision, multiquantizer_of, parser_for
 
 
 def main(family):
     args = parse_args(family)
-    path = args.output or multiquantizer_path(family, args.model_id)
+    family = in_precision(family, args.dtype)
+    path = args.output or multiquantizer_of(args, family)
     path.parent.mkdir(parents=True, exist_ok=True)  # before the long work, in case it fails
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder")
-    denoiser = load_denoiser(family, args.model_id, pick_device(args.device))
+    loras = [open_lora(each) for each in args.lora]
+    denoiser = load_denoiser(family, args.model_id, pick_device(args.device), loras)
     if args.stitch:
         stitch(denoiser, family, path)
     elif args.prefix:

@@ -17,16 +17,16 @@ from quant import modules, multiquantizer
 from quant.storage import atomic_write, load_checkpoint
 from stages.common import (
     OneLineParser,
-    add_sampling_flags,
     at_least,
-    load_for,
-    parse_sampling,
+    in_precision,
     parser_for,
 )
 from stages.eval_random import prompts_for
+from stages.sampling import add_sampling_flags, load_for, parse_sampling
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = ("model_id", "seed", "n_imgs", "calls", "steps", "guidance", "res", "prompts", "multiquantizer_key")
+FLAGS += ("scheduler", "negative_prompt", "dtype", "lora_key")
 
 
 def parser_of(stage, description, argv=None):
@@ -77,6 +77,7 @@ def learned(path, family):
 def measured(args, family):
     """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it."""
     device = pick_device(args.device)
+    family = in_precision(family, args.dtype)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     sampler = load_for(args, family, device)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)

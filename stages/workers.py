@@ -2,14 +2,14 @@
 
 from models import prompt_memo
 from stages.common import check_extra
-from stages.labeller import Labeller
+from stages.labeller import Labeller, encode
 
 
 def start_workers(job, device, extractor, watch):
     """The workers that the flags ask for. A context: leaving it ends them."""
     stored_prompts = StoredPrompts(job)
     if job.args.workers is None and job.args.ray_address is None:
-        return ThisProcess(job, device, extractor, stored_prompts)
+        return ThisProcess(job, device, extractor, stored_prompts, watch)
     check_extra("ray", "distributed", "--workers and --ray_address need Ray")
     from stages.ray_workers import RayWorkers
 
@@ -19,11 +19,8 @@ def start_workers(job, device, extractor, watch):
 class ThisProcess:
     """One labeller, here."""
 
-    def __init__(self, job, device, extractor, stored_prompts):
-        embeddings = stored_prompts.load()
-        self.labeller = Labeller(job, device, embeddings, extractor)
-        if embeddings is None:
-            stored_prompts.save(self.labeller.embeddings)
+    def __init__(self, job, device, extractor, stored_prompts, watch):
+        self.labeller = Labeller(job, device, known_prompts(job, device, stored_prompts, watch), extractor)
 
     def describe(self, indices):
         return self.labeller.describe(indices)
@@ -40,6 +37,16 @@ class ThisProcess:
         pass
 
 
+def known_prompts(job, device, stored_prompts, watch):
+    """The job's prompt embeddings, read from disk, else encoded and kept there."""
+    embeddings = stored_prompts.load()
+    if embeddings is None:
+        with watch.phase("encode"):
+            embeddings = encode(job, device)
+        stored_prompts.save(embeddings)
+    return embeddings
+
+
 class StoredPrompts:
     """A job's prompt embeddings, in <outdir>."""
 
@@ -47,7 +54,9 @@ class StoredPrompts:
         args = job.args
         self.needed = not job.family.num_classes
         self.path = args.outdir / "prompt_embeddings.pt"
-        self.key = f"{args.model_id} {getattr(args, 'refiner_id', None)} {args.prompts_key} {args.guidance}"
+        names = (args.model_id, getattr(args, "refiner_id", None), args.prompts_key, args.guidance)
+        more = (args.negative_prompt, args.dtype, args.lora_key)
+        self.key = " ".join(map(str, (*names, *more) if any(more) else names))
 
     def load(self):
         """The embeddings, none for classes; None if they are still to be computed."""

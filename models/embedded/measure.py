@@ -21,7 +21,7 @@ from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.layers import find_slots
-from models.pipelines import load_sampler, pick_device, refiner_of
+from models.pipelines import Extras, load_sampler, pick_device, refiner_of
 from quant import methods, modules
 from quant.multiquantizer import slot_weight
 
@@ -109,7 +109,7 @@ def main():
     args.guidances = args.guidances or [row.label_guidance, row.guidance]
     judge = Judge()
 
-    sampler = load_sampler(family, "embedded", pick_device(args.device), refiner_of(family, "embedded"))
+    sampler = load_sampler(family, "embedded", pick_device(args.device), Extras(refiner_of(family, "embedded")))
     prompts, answers = prompts_and_answers(family, args.count, NUM_PROMPTS)
     shown = judge.right(make_pictures(sampler, prompts, args.seeds[0], row.guidance, args.batch_size), answers)
     result = {

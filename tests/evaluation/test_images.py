@@ -8,7 +8,7 @@ from errors import InputError
 from evaluation.contact_sheet import contact_sheet
 from evaluation.images import generate, generate_batches, noise_generators
 from models.families import FAMILIES
-from models.pipelines import load_sampler, refiner_of
+from models.pipelines import Extras, load_sampler, refiner_of
 
 PROMPTS = {
     "dit": [0, 1, 2],
@@ -126,7 +126,7 @@ def test_an_image_of_no_numbers_is_told_and_black():
 @pytest.mark.parametrize("name", ["dit", "pixart_alpha", "sdxl"])
 def test_latents_are_those_of_the_images(name):
     """Decoded again they give the images, at the scale that the denoiser sees."""
-    sampler = load_sampler(FAMILIES[name], "embedded", torch.device("cpu"), refiner_of(FAMILIES[name], "embedded"))
+    sampler = load_sampler(FAMILIES[name], "embedded", torch.device("cpu"), Extras(refiner_of(FAMILIES[name], "embedded")))
     prompts = PROMPTS.get(name, PROMPTS["pixart_alpha"])
     images, latents = sampler.draw(prompts, noise_generators(1, range(3)), 3, 2.0, 64)
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == torch.float32

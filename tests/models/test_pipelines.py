@@ -13,14 +13,17 @@ from no_network import no_network
 
 from errors import InputError
 from models.embedded.denoisers import build_vae
+from models.facts import native_pixels
 from models.families import FAMILIES
 from models.pipelines import (
     EMBEDDED_FOLDER,
+    Extras,
     defaults,
     is_embedded,
     load_denoiser,
     load_sampler,
     meta_denoiser,
+    model_of,
     pick_device,
     refiner_of,
 )
@@ -64,7 +67,7 @@ def test_loads_a_local_folder(local_folder, family):
     assert sampler.denoiser.dtype == torch.float32  # on the CPU
     weight = sampler.denoiser.proj_out_1.weight
     assert torch.equal(weight, weight.half().float())  # of the family's precision
-    assert sampler.native_resolution == 64
+    assert native_pixels(family, model_of(family, str(local_folder))) == (64, 64)
 
 
 def test_embedded_is_the_folder_itself(family):
@@ -110,7 +113,7 @@ def test_another_familys_folder_is_refused(name, load):
 def test_another_pipeline_is_no_refiner():
     sdxl = FAMILIES["sdxl"]
     with pytest.raises(InputError, match=r"holds a StableDiffusionXLPipeline, .* needs a StableDiffusionXLImg2ImgPipeline"):
-        load_sampler(sdxl, "embedded", CPU, str(EMBEDDED_FOLDER / "sdxl"))
+        load_sampler(sdxl, "embedded", CPU, Extras(str(EMBEDDED_FOLDER / "sdxl")))
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -8,7 +8,7 @@ import torch
 
 from models import prompt_memo
 from models.families import FAMILIES
-from models.pipelines import ANY_PROMPT, load_sampler, refiner_of
+from models.pipelines import ANY_PROMPT, Extras, load_sampler, refiner_of
 
 PROMPTS = ["a red seven on a blue background", "a handwritten 3, black on white", "a red seven on a blue background"]
 TEXT_FAMILIES = [name for name, family in FAMILIES.items() if not family.num_classes]
@@ -22,7 +22,7 @@ def draw(sampler):
 
 def loaded(name, text_encoders=True):
     family = FAMILIES[name]
-    return load_sampler(family, "embedded", CPU, refiner_of(family, "embedded"), text_encoders)
+    return load_sampler(family, "embedded", CPU, Extras(refiner_of(family, "embedded")), text_encoders)
 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)

@@ -10,8 +10,9 @@ from no_network import no_network
 from evaluation.images import noise_generators
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, load_classifier
+from models.facts import native_pixels
 from models.families import FAMILIES
-from models.pipelines import load_denoiser, load_sampler, refiner_of
+from models.pipelines import Extras, load_denoiser, load_sampler, model_of, refiner_of
 
 CPU = torch.device("cpu")
 TOKENS = {  # of the published pipelines: argument -> length
@@ -30,7 +31,7 @@ def sampler(name):
     """The family's embedded sampler with all it has, loaded once and without network."""
     family = FAMILIES[name]
     with no_network() as hosts_asked:
-        loaded = load_sampler(family, "embedded", CPU, refiner_of(family, "embedded"))
+        loaded = load_sampler(family, "embedded", CPU, Extras(refiner_of(family, "embedded")))
     assert hosts_asked == []
     return loaded
 
@@ -48,7 +49,7 @@ def test_it_is_the_familys_pipeline_at_its_own_resolution(name):
     family, loaded = FAMILIES[name], sampler(name)
     assert type(loaded.pipeline).__name__ == family.pipeline
     assert loaded.denoiser is getattr(loaded.pipeline, family.denoiser)
-    assert loaded.native_resolution == family.embedded.resolution == 64
+    assert native_pixels(family, model_of(family, "embedded")) == (64, 64)
     assert loaded.takes_resolution == (name != "dit")
     refiner = family.refiner.pipeline if family.refiner else "NoneType"
     assert type(loaded.refiner).__name__ == refiner

@@ -1,0 +1,200 @@
+"""What the stages that make images share: the flags of sampling, what they are by default, and the sampler they ask for."""
+
+import argparse
+import re
+from pathlib import Path
+
+from errors import InputError
+from models import schedulers
+from models.facts import native_pixels, num_classes, own_scheduler
+from models.lora import open_lora
+from models.pipelines import (
+    OFFLOADS,
+    Extras,
+    defaults,
+    height_width,
+    is_embedded,
+    load_encoder,
+    load_sampler,
+    model_of,
+    refiner_of,
+    release_memory,
+)
+from models.prompt_memo import encode_prompts, remember
+from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
+
+RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
+FAR = 1.5  # times more or fewer pixels per side than a model is made for
+
+
+def add_sampling_flags(parser, family):
+    """The flags of the stages that make images."""
+    parser.add_argument(
+        "--res",
+        type=resolution,
+        help=f"pixels per side, or HEIGHTxWIDTH; default {family.resolution}, of models but {family.model_id} their own",
+    )
+    add_flag(parser, family, "--steps", type=at_least(1), help="sampler steps; default the model's")
+    add_flag(parser, family, "--guidance", type=finite, help="guidance scale; default the model's")
+    parser.add_argument("--scheduler", choices=schedulers.CHOICES, metavar="CLASS", help=scheduler_help(family))
+    parser.add_argument("--batch_size", type=at_least(1), help="images generated together; default the model's")
+    parser.add_argument("--multi_chkpt", type=Path, help=f"multiquantizer; default multiquantizers/{family.name}_mq.pt")
+    parser.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="none",
+        help="keep weights on the host but for the model (or, slowly, the layer) that is running; for small GPUs",
+    )
+    parser.add_argument(
+        "--vae_tiling", action="store_true", default=None, help="decode images in tiles: less memory at high resolutions"
+    )
+    parser.set_defaults(negative_prompt=None)
+    if not family.num_classes:
+        parser.add_argument("--negative_prompt", help="what images should not show")
+    if any(flag == "--eta" for flag, _ in family.aliases):
+        add_flag(parser, family, "--eta", type=finite, default=0.0, help="must be 0: the sampler is PLMS")
+    if family.refiner:
+        parser.add_argument("--refiner_id", help=f"Hub id, folder or file of the refiner; default {family.refiner.model_id}")
+        parser.add_argument("--no_refiner", action="store_true", help="leave the refiner out")
+
+
+def scheduler_help(family):
+    own = f"{family.scheduler}, or the model's own if it needs that" if family.scheduler else "the model's own"
+    return f"sampler, a class in diffusers such as {schedulers.CHOICES[0]}; default {own}"
+
+
+def resolution(text):
+    """Type of --res: pixels per side, or "HEIGHTxWIDTH"; squares are numbers."""
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
+    height, width = int(match[1]), int(match[2] or match[1])
+    for pixels in (height, width):
+        if pixels < 1 or pixels % RESOLUTION_STEP:
+            raise argparse.ArgumentTypeError(f"{pixels} is not a multiple of {RESOLUTION_STEP}")
+    return height if height == width else f"{height}x{width}"
+
+
+def parse_sampling(parser, family, guidance="guidance"):
+    """The parsed flags, those left out filled from what is known of the model.
+
+    That is the family's row (guidance in the column named) for its own model and the embedded one; another model's native
+    size, and few steps without guidance if its sampler is that of a distilled model.
+    """
+    args = parser.parse_args()
+    family = in_precision(family, args.dtype)
+    row = defaults(family, args.model_id)
+    args.batch_size = args.batch_size or row.batch_size
+    args.lora_key = " ".join(open_lora(each).key for each in args.lora) or None
+    args.multi_chkpt = args.multi_chkpt or multiquantizer_of(args, family)
+    args.num_classes = row.num_classes if family.num_classes else 0
+    few_step = args.scheduler in schedulers.FEW_STEP
+    if not is_own(family, args.model_id):
+        source = model_of(family, args.model_id)
+        few_step = few_step or (args.scheduler is None and schedulers.is_few_step(*own_scheduler(source)))
+        args.num_classes = num_classes(family, source)
+        if args.res is None and not family.num_classes:
+            args.res = resolution("x".join(map(str, native_pixels(family, source))))
+    args.res = args.res or (None if family.num_classes else row.resolution)
+    _fill_steps(args, row, guidance, few_step)
+    if family.refiner:
+        own = None if few_step else refiner_of(family, args.model_id)
+        args.refiner_id = None if args.no_refiner else args.refiner_id or own
+    if getattr(args, "eta", 0):
+        raise InputError(f"--eta {args.eta}: {family.title} is sampled with PLMS, which draws no noise; leave it at 0")
+    if args.steps < family.least_steps:
+        raise InputError(f"--steps {args.steps}: {family.title} needs at least {family.least_steps}")
+    return args
+
+
+def is_own(family, model_id):
+    """Whether the family's row, or the embedded model's, says how the model is sampled."""
+    return str(model_id) == family.model_id or is_embedded(family, model_id)
+
+
+def _fill_steps(args, row, guidance, few_step):
+    """--steps and --guidance where they are left out."""
+    if few_step and None in (args.steps, args.guidance):
+        log.warning(
+            "%s: is sampled as a few-step model: by default %d steps without guidance; see --steps and --guidance",
+            args.model_id,
+            schedulers.FEW_STEPS,
+        )
+    args.steps = args.steps or (schedulers.FEW_STEPS if few_step else row.steps)
+    if args.guidance is None:
+        own = row.guidance if getattr(row, guidance) is None else getattr(row, guidance)
+        args.guidance = schedulers.NO_GUIDANCE if few_step else own
+
+
+def check_sampling(args, family):
+    """InputError if a flag is not for this model, as its small files tell."""
+    source = model_of(family, args.model_id)
+    native = native_pixels(family, source)
+    if family.num_classes and args.res is not None and height_width(args.res) != native:
+        raise InputError(f"--res {args.res}: {args.model_id} makes images of {native[0]} px only")
+    longest = own_scheduler(source)[1].get("num_train_timesteps", 1000)
+    if args.steps > longest:
+        raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
+    if args.res is not None and not _published(args, family) and _is_far(height_width(args.res), native):
+        log.warning(
+            "--res %s: %s is made for %dx%d px; images of another size may be poor", args.res, args.model_id, *native
+        )
+
+
+def _published(args, family):
+    return is_own(family, args.model_id) and args.res == defaults(family, args.model_id).resolution
+
+
+def _is_far(size, native):
+    ratios = [ours / theirs for ours, theirs in zip(size, native, strict=True)]
+    area = (ratios[0] * ratios[1]) ** 0.5
+    return not 1 / FAR <= area <= FAR
+
+
+def extras_of(args):
+    """What the flags say of a model beyond its name."""
+    return Extras(
+        refiner_id=getattr(args, "refiner_id", None),
+        loras=tuple(open_lora(each) for each in args.lora),
+        scheduler=args.scheduler,
+        negative_prompt=args.negative_prompt,
+        vae_tiling=bool(args.vae_tiling),
+        offload=args.offload,
+    )
+
+
+def check_offload(args, device):
+    if args.offload != "none" and device.type == "cpu":
+        raise InputError(f"--offload {args.offload}: is for GPUs, whose memory it saves; leave it out on the CPU")
+
+
+def load_for(args, family, device, prompts=None, place=True):
+    """The sampler that the flags ask for, which can draw `prompts`, encoded and its text encoders released.
+
+    Without `prompts` it has its text encoders. InputError if a flag is not for this model.
+    """
+    if prompts is None or family.num_classes:
+        check_sampling(args, family)
+        check_offload(args, device)
+        return load_sampler(family, args.model_id, device, extras_of(args), place=place)
+    return load_encoded(args, family, device, encode_for(args, family, device, prompts), place)
+
+
+def load_encoded(args, family, device, embeddings, place=True):
+    """The sampler that the flags ask for, without text encoders: it draws the prompts whose embeddings are given."""
+    check_sampling(args, family)
+    check_offload(args, device)
+    sampler = load_sampler(family, args.model_id, device, extras_of(args), text_encoders=False, place=place)
+    remember(sampler, embeddings)
+    return sampler
+
+
+def encode_for(args, family, device, prompts):
+    """The prompts' embeddings, by text encoders that are loaded for nothing else."""
+    check_sampling(args, family)
+    check_offload(args, device)
+    encoder = load_encoder(family, args.model_id, device, extras_of(args))
+    embeddings = encode_prompts(encoder, prompts, args.guidance, args.res)
+    del encoder
+    release_memory()
+    return embeddings
