@@ -4,7 +4,6 @@ Files of diffusers, of PEFT and, for U-Nets, of kohya's and AUTOMATIC1111's prog
 W + scale x alpha / r x B A, computed in float32 and rounded to W's precision once for all adapters.
 """
 
-import fnmatch
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,7 +26,13 @@ NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # of a safetensors file that diffusers wrote
 OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w|lora_mid|lora_B\.bias|diff_b|\.diff$|oft_")
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# How a key ends: PEFT's lora_A and lora_B, diffusers' old lora.down and lora_linear_layer.up, kohya's lora_down.
+KIND = re.compile(
+    r"\.(?:lora_([AB])(?:\.\w+)?\.weight|(?:lora_linear_layer\.|lora\.)?(down|up)\.weight|lora_(down|up)\.weight|alpha)$"
+)
+OLD_PROJECTION = re.compile(r"\.(?:processor\.)?(to_[qkv]|to_out)_lora\.")
+PROJECTIONS = {"to_out": "to_out.0"}
+TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 class Lora(NamedTuple):
@@ -76,7 +80,7 @@ def open_lora(text):
 
 
 def _file_of(source):
-    path = Path(source)
+    path = Path(source or "an empty name")
     if path.is_file():
         return path
     if not path.is_dir():
@@ -146,8 +150,8 @@ def read(lora, pipeline_class_name, configurations):
     names = [*(name for name in TEXT_ENCODERS if name in configurations), denoiser]
     found = {}
     for component, weights in _by_component(state, names, denoiser).items():
-        for path, (down, up) in _pairs(lora, component, weights).items():
-            factor = lora.scale * _factor(f"{component}.{path}", path, len(down), alphas, metadata, component)
+        for path, (down, up, alpha) in _pairs(lora, component, weights, alphas or {}).items():
+            factor = lora.scale * _factor(path, len(down), alpha, metadata, component)
             found[component, path] = Update(down, up, factor)
     if not found:
         raise InputError(f"{lora.path}: holds no LoRA weights (first {next(iter(state))})")
@@ -186,35 +190,44 @@ def _by_component(state, names, denoiser):
     return by_component
 
 
-def _pairs(lora, component, weights):
-    """{module path: (A, B)} of a component's weights, whatever convention names them."""
-    if component in TEXT_ENCODERS:
-        weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
-    elif not any("lora_A" in key for key in weights):
-        weights = convert_unet_state_dict_to_peft(weights)
-    weights = {re.sub(r"(lora_[AB])\.\w+\.weight$", r"\1.weight", key): tensor for key, tensor in weights.items()}
-    pairs = {}
-    for key in weights:
-        path = key.removesuffix(DOWN).removesuffix(UP)
-        if path == key and not key.endswith(".alpha"):
+def _pairs(lora, component, weights, alphas):
+    """{module path: (A, B, alpha or None)} of a component's weights, whatever convention names them."""
+    named = {}  # (module path, "A" or "B" or "alpha") -> tensor
+    for key, tensor in weights.items():
+        path, kind = _parsed(key, component)
+        if kind is None:
             raise InputError(f"{lora.path}: {key} is no LoRA weight; merge it with the program that made it")
-        if path != key:
-            if path + DOWN not in weights or path + UP not in weights:
-                raise InputError(f"{lora.path}: has one of the two weights of {path} alone; fetch it again")
-            pairs[path] = weights[path + DOWN], weights[path + UP]
+        named[path, kind] = tensor
+        if f"{component}.{key}.alpha" in alphas:
+            named[path, "alpha"] = alphas[f"{component}.{key}.alpha"]
+    pairs = {}
+    for path in dict.fromkeys(path for path, _ in named):
+        if (path, "A") not in named or (path, "B") not in named:
+            raise InputError(f"{lora.path}: has one of the two weights of {path} alone; fetch it again")
+        alpha = named.get((path, "alpha"))
+        pairs[path] = named[path, "A"], named[path, "B"], None if alpha is None else float(alpha)
     return pairs
 
 
-def _factor(full_path, path, rank, alphas, metadata, component):
+def _parsed(key, component):
+    """(module path, "A", "B" or "alpha") of an adapter's key; (key, None) if it is none."""
+    projections = TEXT_PROJECTIONS if component in TEXT_ENCODERS else PROJECTIONS
+    key = OLD_PROJECTION.sub(lambda match: f".{projections.get(match[1], match[1])}.", key)
+    match = KIND.search(key)
+    if not match:
+        return key, None
+    kind = {"A": "A", "down": "A", "B": "B", "up": "B"}.get(match[1] or match[2] or match[3], "alpha")
+    return key[: match.start()], kind
+
+
+def _factor(path, rank, alpha, metadata, component):
     """alpha / r of a weight, alpha being r where nothing is said (alpha / sqrt(r) of rank-stabilised adapters)."""
     said = metadata
     if any(name.startswith(f"{component}.") for name in metadata):
         said = {name.removeprefix(f"{component}."): value for name, value in metadata.items()}
-    alpha = said.get("lora_alpha", rank)
-    for pattern, value in (said.get("alpha_pattern") or {}).items():
-        if path == pattern.lstrip("^") or path.endswith(f".{pattern}") or fnmatch.fnmatch(path, pattern):
-            alpha = value
-    for name in (f"{full_path}.alpha", full_path, f"{path}.alpha"):
-        if alphas and name in alphas:
-            alpha = float(alphas[name])
+    if alpha is None:
+        alpha = said.get("lora_alpha") or rank
+        for pattern, value in (said.get("alpha_pattern") or {}).items():
+            if re.search(rf"(^|\.)(?:{pattern.lstrip('^')})$", path):
+                alpha = value
     return alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)

@@ -238,9 +238,9 @@ def _place_encoders(sampler, device):
 def _ready(sampler, device, place):
     for pipeline in sampler.pipelines:
         pipeline.set_progress_bar_config(disable=True)
-        if device.type == "cpu":
+        if (dtype := compute_dtype(sampler.family, device)) != sampler.family.dtype:
             with quiet_loading():
-                pipeline.to(dtype=torch.float32)
+                pipeline.to(dtype=dtype)
         if sampler.extras.vae_tiling and pipeline.vae is not None:
             pipeline.vae.enable_tiling()
     if place:

@@ -29,17 +29,17 @@ def is_few_step(class_name, config):
     return class_name in FEW_STEP or (trailing and not config.get("rescale_betas_zero_snr"))
 
 
-def needs_its_own(class_name, config):
-    """Whether a model is not to be sampled with the family's sampler."""
-    other_target = config.get("prediction_type", "epsilon") != "epsilon" or config.get("rescale_betas_zero_snr")
-    return bool(is_few_step(class_name, config) or other_target)
+def needs_its_own(class_name, config, family):
+    """Whether a model is not to be sampled with the family's sampler, or not with its published settings."""
+    other_target = class_name != family.scheduler and config.get("prediction_type", "epsilon") != "epsilon"
+    return bool(is_few_step(class_name, config) or config.get("rescale_betas_zero_snr") or other_target)
 
 
 def settled(own, family, embedded=False, chosen=None):
     """The sampler to use in place of a pipeline's `own`; `chosen` is the class that --scheduler names, if it is given."""
     name, config = type(own).__name__, dict(own.config)
     published = dict(family.embedded.scheduler_config if embedded else family.scheduler_config)
-    if chosen is None and (not family.scheduler or (name != family.scheduler and needs_its_own(name, config))):
+    if chosen is None and (not family.scheduler or needs_its_own(name, config, family)):
         return own
     wanted = chosen or family.scheduler
     if wanted == family.scheduler:
