@@ -4,6 +4,8 @@ Published configurations and predictors of SDv1.5 name modules as CompVis does (
 Source: the two public implementations' state dictionaries (CompVis/stable-diffusion, diffusers).
 """
 
+from errors import InputError
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -16,6 +18,8 @@ OUTSIDE_BLOCKS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",  # of Stable Diffusion XL, as Stability AI's program keeps it
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -42,11 +46,12 @@ def _block_prefixes(unet):
         if block.downsamplers:
             yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
             place += 1
-    yield from (
-        ("mid_block.resnets.0", "middle_block.0"),
-        ("mid_block.attentions.0", "middle_block.1"),
-        ("mid_block.resnets.1", "middle_block.2"),
-    )
+    if unet.mid_block is not None:  # some distilled U-Nets have none
+        yield from (
+            ("mid_block.resnets.0", "middle_block.0"),
+            ("mid_block.attentions.0", "middle_block.1"),
+            ("mid_block.resnets.1", "middle_block.2"),
+        )
     place = 0
     for i, block in enumerate(unet.up_blocks):
         has_attention = bool(getattr(block, "attentions", None))
@@ -59,7 +64,9 @@ def _block_prefixes(unet):
 
 
 def _inside_block(path, prefixes):
-    prefix = next(prefix for prefix in prefixes if path == prefix or path.startswith(f"{prefix}."))
+    prefix = next((prefix for prefix in prefixes if path == prefix or path.startswith(f"{prefix}.")), None)
+    if prefix is None:
+        raise InputError(f"{path}: CompVis' U-Nets have no such layer, so it has no name in configurations of this family")
     inside = path[len(prefix) + 1 :]
     if ".resnets." in prefix:
         inside = RESNET[inside]

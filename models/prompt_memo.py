@@ -39,12 +39,12 @@ class PromptMemo:
         if not isinstance(prompts, list) or any(torch.is_tensor(value) for value in arguments.values()):
             return self.encode(*args, **kwargs)
         device = self.pipeline._execution_device
-        rest = repr(sorted((name, value) for name, value in arguments.items() if name != "device"))
-        rows = [self._of(prompt, rest, arguments) for prompt in prompts]
+        rows = [self._of(prompt, _share(arguments, place, len(prompts))) for place, prompt in enumerate(prompts)]
         columns = zip(*rows, strict=True)
         return tuple(None if column[0] is None else torch.cat(column).to(device) for column in columns)
 
-    def _of(self, prompt, rest, arguments):
+    def _of(self, prompt, arguments):
+        rest = repr(sorted((name, value) for name, value in arguments.items() if name != "device"))
         name = hashlib.sha256(f"{prompt}\n{rest}".encode()).hexdigest()[:32]
         if name not in self.known:
             if self.is_released:
@@ -66,6 +66,14 @@ class PromptMemo:
     @property
     def is_released(self):
         return all(getattr(self.pipeline, name, None) is None for name in TEXT_ENCODERS)
+
+
+def _share(arguments, place, count):
+    """The arguments of one of `count` prompts: of lists with an item for each, such as negative prompts, its own."""
+    return {
+        name: value[place : place + 1] if isinstance(value, list) and len(value) == count else value
+        for name, value in arguments.items()
+    }
 
 
 def remember(sampler, embeddings=None):

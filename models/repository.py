@@ -126,7 +126,7 @@ def open_repository(model_id):
     """The Repository of a local folder, or of a Hub id, whose small files are fetched if they are not in the cache."""
     path = Path(model_id)
     if path.is_dir():
-        return Repository(model_id, path, _names_below(path))
+        return Repository(model_id, path, names_below(path))
     if path.exists():
         raise InputError(f"{model_id}: neither a folder nor a checkpoint in a format that is read here; {WAY_OUT}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model_id)) or str(model_id).startswith("."):
@@ -148,7 +148,7 @@ def _on_hub(model_id):
         raise InputError(not_fetched(model_id, reason)) from None
     except (OSError, ValueError) as failure:
         raise InputError(not_fetched(model_id, failure)) from None
-    return Repository(model_id, folder, _names_below(Path(folder)), hub=True)
+    return Repository(model_id, folder, names_below(Path(folder)), hub=True)
 
 
 def _download(model_id, patterns):
@@ -177,7 +177,7 @@ def not_fetched(model_id, reason):
     return f"{model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub ({why}); {WAY_OUT}"
 
 
-def _names_below(folder):
+def names_below(folder):
     """Names of the files in a folder and in the folders in it."""
     files = (*folder.glob("*"), *folder.glob("*/*"))
     return [path.relative_to(folder).as_posix() for path in files if path.is_file()]

@@ -59,5 +59,43 @@ def vae_state(vae):
     return state
 
 
+OPEN_CLIP_NAMES = (
+    (r"^(?:text_model\.)?embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^(?:text_model\.)?embeddings\.token_embedding", "token_embedding"),
+    (r"^(?:text_model\.)?final_layer_norm", "ln_final"),
+    (r"^(?:text_model\.)?encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm([12])", r"ln_\1"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+)
+
+
+def sdxl_state(pipeline):
+    """{name: tensor} of a Stable Diffusion XL pipeline's four models, as Stability AI's program names them."""
+    text = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in pipeline.text_encoder.state_dict().items()}
+    return {
+        **_under("model.diffusion_model", unet_state(pipeline.unet)),
+        **_under("first_stage_model", vae_state(pipeline.vae)),
+        **_under("conditioner.embedders.0.transformer", text),
+        **_under("conditioner.embedders.1.model", open_clip_state(pipeline.text_encoder_2)),
+    }
+
+
+def open_clip_state(encoder):
+    """Weights by OpenCLIP's names: the three projections of attention in one, the last projection transposed."""
+    state = {}
+    for name, weight in encoder.state_dict().items():
+        for pattern, replacement in OPEN_CLIP_NAMES:
+            name = re.sub(pattern, replacement, name)
+        state[name] = weight
+    state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
+    for name in [name for name in state if ".self_attn.q_proj." in name]:
+        three = [state.pop(name.replace("q_proj", f"{each}_proj")) for each in "qkv"]
+        block, _, kind = name.partition(".self_attn.q_proj.")
+        state[f"{block}.attn.in_proj_{kind}"] = torch.cat(three)
+    return state
+
+
 def _under(prefix, state):
     return {f"{prefix}.{name}": weight for name, weight in state.items()}
