@@ -150,13 +150,7 @@ class Sampler:
 
     def place(self, device):
         """Put the pipelines on the device, or see to it that their parts come there when they are called."""
-        for pipeline in self.pipelines:
-            if self.extras.offload == "model":
-                pipeline.enable_model_cpu_offload(device=device)
-            elif self.extras.offload == "sequential":
-                pipeline.enable_sequential_cpu_offload(device=device)
-            else:
-                pipeline.to(device)
+        _place(self.pipelines, device, self.extras.offload)
 
     def gather(self):
         """Take all weights back to the host, where they can be changed; `place` undoes it."""
@@ -164,6 +158,24 @@ class Sampler:
             for pipeline in self.pipelines:
                 pipeline.remove_all_hooks()
                 pipeline.to("cpu")
+
+
+def _place(pipelines, device, offload):
+    """As `Sampler.place`. A model that two pipelines share is hooked once: hooks on hooked weights fail."""
+    placed = set()
+    for pipeline in pipelines:
+        shared = {name: part for name, part in pipeline.components.items() if id(part) in placed}
+        placed |= {id(part) for part in pipeline.components.values() if isinstance(part, torch.nn.Module)}
+        for name in shared:
+            object.__setattr__(pipeline, name, None)
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+        for name, part in shared.items():
+            object.__setattr__(pipeline, name, part)
 
 
 def height_width(resolution):
@@ -231,8 +243,7 @@ def _place_encoders(sampler, device):
             pipeline.remove_all_hooks()
             pipeline.to("cpu")
         release_memory()
-        for pipeline in sampler.pipelines:
-            pipeline.enable_sequential_cpu_offload(device=device)
+        _place(sampler.pipelines, device, "sequential")
 
 
 def _ready(sampler, device, place):

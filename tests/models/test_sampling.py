@@ -137,24 +137,36 @@ def test_negative_prompts(name):
     assert np.abs(again - images[extras]).max() < 0.02
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_offload_draws_the_same(offload):
+def images_of(sampler):
+    prompts = [3] if sampler.family.num_classes else [PROMPT]
+    return sampler.images(prompts, noise_generators(1, [0]), 5, 2.0, 64)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart_alpha"])
+def test_offload_draws_the_same(name):
     """diffusers' own hooks, here with the CPU for a GPU; `gather` takes the weights back and `place` hooks them again."""
-    family = FAMILIES["sdxl"]
-    plain, hooked = (Extras(pipelines.refiner_of(family, "embedded"), offload=each) for each in ("none", offload))
-    images = [
-        load_sampler(family, "embedded", CPU, extras).images([PROMPT], noise_generators(1, [0]), 5, 2.0, 64)
-        for extras in (plain, hooked)
-    ]
-    assert np.array_equal(*images)
+    family = FAMILIES[name]
+    plain, hooked = (Extras(pipelines.refiner_of(family, "embedded"), offload=each) for each in ("none", "model"))
+    expected = images_of(load_sampler(family, "embedded", CPU, plain))
     sampler = load_sampler(family, "embedded", CPU, hooked, place=False)
     assert not hasattr(sampler.denoiser, "_hf_hook")
+    for _ in range(2):
+        sampler.place(CPU)
+        assert hasattr(sampler.denoiser, "_hf_hook") and np.array_equal(images_of(sampler), expected)
+        sampler.gather()
+        assert not hasattr(sampler.denoiser, "_hf_hook")
+
+
+def test_two_pipelines_that_share_a_model_hook_it_once():
+    family = FAMILIES["sdxl"]
+    extras = Extras(pipelines.refiner_of(family, "embedded"), offload="sequential")
+    sampler = load_sampler(family, "embedded", CPU, extras, place=False)
     sampler.place(CPU)
-    assert hasattr(sampler.denoiser, "_hf_hook") or offload == "sequential"
+    assert sampler.refiner.vae is sampler.pipeline.vae and all(weight.is_meta for weight in sampler.refiner.vae.parameters())
     sampler.gather()
-    assert not any(weight.is_meta for weight in sampler.denoiser.parameters()) and not hasattr(sampler.denoiser, "_hf_hook")
-    sampler.place(CPU)
-    assert np.array_equal(sampler.images([PROMPT], noise_generators(1, [0]), 5, 2.0, 64), images[0])
+    assert not any(
+        weight.is_meta for each in sampler.pipelines for weight in (*each.unet.parameters(), *each.vae.parameters())
+    )
 
 
 def test_offload_is_for_gpus(parse):
