@@ -170,9 +170,11 @@ def digit_reference_folder():
     pictures = reference_pictures()
     digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
     folder = cache_folder() / f"digits-{digest}"
-    if not (folder / "complete").exists():
+    complete = folder.with_name(f"{folder.name}.complete")  # beside it: in it are images alone
+    if not complete.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "complete").unlink(missing_ok=True)  # where it was in earlier versions
         for index, picture in enumerate(pictures):
             save_png(picture, folder / f"{index:04d}.png")
-        (folder / "complete").touch()
+        complete.touch()
     return folder

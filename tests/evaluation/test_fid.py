@@ -192,6 +192,7 @@ def test_reference_digits_are_drawn_once(monkeypatch):
     folder = fid.digit_reference_folder()
     assert len(fid.image_files(folder)) == 1797
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(before) == 1797
     assert fid.digit_reference_folder() == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
