@@ -10,6 +10,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from errors import InputError, first_line
 from models.components import quiet_loading
+from models.repository import why_not_fetched
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 WAY_OUT = "give a local folder in the same format by --clip_model, or leave out --clip_score"
@@ -76,7 +77,7 @@ def _fetch(model_id, wrong):
     except Exception as reason:  # as many types as there are reasons
         raise InputError(
             f"CLIP score: {model_id!r} is no local folder, {wrong}, and cannot be fetched from the Hub "
-            f"({' '.join(str(reason).split())[:300]}); {WAY_OUT}"
+            f"({why_not_fetched(reason)}); {WAY_OUT}"
         ) from None
 
 

@@ -34,14 +34,6 @@ def from_json_lines(text, _count=None):
     return _prompts_of({where: _parsed(line, where) for where, line in lines.items()})
 
 
-def is_json(text):
-    """Whether a text is a list or an object."""
-    try:
-        return text.lstrip()[:1] in ("[", "{") and json.loads(text) is not None
-    except (ValueError, RecursionError):
-        return False
-
-
 def _parsed(text, where="this file"):
     try:
         return json.loads(text)

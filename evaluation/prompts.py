@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from errors import InputError, first_line
-from evaluation import prompt_json, prompt_tables
+from evaluation.prompt_json import from_json, from_json_lines
+from evaluation.prompt_tables import from_csv, from_tsv, is_header
 
 log = logging.getLogger("qua2sedimo")
 
@@ -18,6 +19,8 @@ WAY_OUT = (
     "(.csv, .tsv, .jsonl, .json) or a text file of one prompt per line (.txt)"
 )
 COMMENT = re.compile(r"#+(\s|$)")  # so `#sunset over a lake` is a prompt
+JSON_START = re.compile(r'\{\s*"|\[\s*["{]')
+PAGE_START = re.compile(r"<(!doctype|html|\?xml)", re.IGNORECASE)
 
 
 def load(path, count):
@@ -46,11 +49,11 @@ def _reader(path):
     readers = {
         "": functools.partial(_lines, path),
         ".txt": functools.partial(_lines, path),
-        ".csv": prompt_tables.from_csv,
-        ".tsv": prompt_tables.from_tsv,
-        ".json": prompt_json.from_json,
-        ".jsonl": prompt_json.from_json_lines,
-        ".ndjson": prompt_json.from_json_lines,
+        ".csv": from_csv,
+        ".tsv": from_tsv,
+        ".json": from_json,
+        ".jsonl": from_json_lines,
+        ".ndjson": from_json_lines,
     }
     suffix = path.suffix.lower()
     if suffix not in readers:
@@ -72,11 +75,11 @@ def _read_text(path):
     return text
 
 
-def _lines(path, text, count):
-    """Lines that are neither blank nor comments; ValueError if they are not those of a plain text file."""
+def _lines(path, text, _count):
+    """Lines that are neither blank nor comments; ValueError if they are those of another kind of file."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    if other := _other_format(text, lines):
-        raise ValueError(f"holds {other}, not a prompt per line; give it that name")
+    if other := _other_kind(lines):
+        raise ValueError(other)
     prompts = [line for line in lines if not COMMENT.match(line)]
     if not prompts:
         raise ValueError("holds comments alone")
@@ -85,14 +88,16 @@ def _lines(path, text, count):
     return prompts
 
 
-def _other_format(text, lines):
-    """What a text that has the form of another file is, and how that would be named; None if it has not."""
-    if prompt_json.is_json(text):
-        return "JSON (.json)"
-    if lines[0].startswith("{") and prompt_json.is_json(lines[0]):
-        return "an object per line (.jsonl)"
-    if prompt_tables.is_header(lines[0], "\t") or all("\t" in line for line in lines):
-        return "a table (.tsv)"
-    if prompt_tables.is_header(lines[0], ","):
-        return "a table (.csv)"
+def _other_kind(lines):
+    """What a text of such lines is in truth, and the way out; None if nothing speaks against a prompt per line."""
+    if JSON_START.match("\n".join(lines[:2])):
+        return "holds JSON; name it .json, or .jsonl if each line is an object"
+    if is_header(lines[0], "\t") or all("\t" in line for line in lines):
+        return "holds a table; name it .tsv"
+    if is_header(lines[0], ","):
+        return "holds a table; name it .csv"
+    if PAGE_START.match(lines[0]):
+        return "holds a web page"
+    if lines[0].startswith("version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull`"
     return None
