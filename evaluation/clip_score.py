@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from transformers import CLIPModel, CLIPProcessor
 
 from errors import InputError, first_line
 from models.components import quiet_loading
+from models.repository import why_not_fetched
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 WAY_OUT = "give a local folder in the same format by --clip_model, or leave out --clip_score"
@@ -48,36 +49,60 @@ class ClipScore:
 
 def _load(model_id):
     """Model and processor from a folder or the Hub's cache, else from the Hub."""
+    if Path(model_id).is_dir():
+        return _from_folder(model_id, f"{model_id}: this folder is not a CLIPModel in transformers format", WAY_OUT)
     try:
-        with quiet_loading():
-            return _from_pretrained(model_id, local_files_only=True)
-    except Exception as reason:  # damaged files raise many types
-        if Path(model_id).is_dir():
-            raise InputError(
-                f"{model_id}: this folder is not a CLIPModel in transformers format ({first_line(reason)}); {WAY_OUT}"
-            ) from None
+        copy = snapshot_download(model_id, local_files_only=True)
+    except Exception:  # as many types as there are reasons
+        wrong = "not in the Hub's cache"
+    else:
+        try:
+            return _from_pretrained(copy)
+        except Exception as reason:  # damaged files raise many types
+            wrong = f"its copy in the Hub's cache, {copy}, is incomplete or damaged ({first_line(reason)})"
+    copy = _fetch(model_id, wrong)
+    whole = Path(copy).parents[1]  # with the files that the copy links to
+    return _from_folder(
+        copy, f"CLIP score: {model_id}: its copy in the Hub's cache is damaged", f"delete {whole} and run again"
+    )
+
+
+def _fetch(model_id, wrong):
+    """The folder of the Hub's cache with all that is needed of a model; `wrong` says why it has to be fetched."""
     try:
-        HfApi().model_info(model_id, timeout=10)  # fails at once without a network; from_pretrained tries for minutes
-        return _from_pretrained(model_id, local_files_only=False)
-    except Exception as reason:  # as many again from the network
+        # Asked first since it fails at once without a network, where a download tries for minutes.
+        files = [file.rfilename for file in HfApi().model_info(model_id, timeout=10).siblings]
+        weights = "model*.safetensors" if any(name.endswith(".safetensors") for name in files) else "pytorch_model*.bin"
+        return snapshot_download(model_id, allow_patterns=["*.json", "*.txt", weights])
+    except Exception as reason:  # as many types as there are reasons
         raise InputError(
-            f"CLIP score: {model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub "
-            f"({first_line(reason)}); {WAY_OUT}"
+            f"CLIP score: {model_id!r} is no local folder, {wrong}, and cannot be fetched from the Hub "
+            f"({why_not_fetched(reason)}); {WAY_OUT}"
         ) from None
 
 
-def _from_pretrained(model_id, local_files_only):
-    """Model in float32, and processor. What transformers would make up at random is an error here."""
-    model, report = CLIPModel.from_pretrained(
-        model_id,
-        dtype=torch.float32,
-        local_files_only=local_files_only,
-        ignore_mismatched_sizes=True,  # so that they are in the report
-        output_loading_info=True,
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ValueError("its weights do not fit its configuration")
-    processor = CLIPProcessor.from_pretrained(model_id, local_files_only=local_files_only)
+def _from_folder(folder, wrong, way_out):
+    try:
+        return _from_pretrained(folder)
+    except Exception as reason:  # damaged files raise many types
+        raise InputError(f"{wrong} ({first_line(reason)}); {way_out}") from None
+
+
+def _from_pretrained(folder):
+    """Model in float32, and processor. What transformers would make up is an error here."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError("it has no config.json")
+    with quiet_loading():
+        model, report = CLIPModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are in the report
+            output_loading_info=True,
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ValueError("its weights do not fit its configuration")
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     if len(processor.tokenizer) <= len(processor.tokenizer.all_special_ids):
         raise ValueError("its tokenizer has no vocabulary")
     return model, processor

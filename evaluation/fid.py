@@ -7,39 +7,68 @@ clean-fid's own hook for another feature extractor.
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
+import platform
 import zipfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from cleanfid import features as clean_features
 from cleanfid import fid as clean_fid
+from cleanfid.downloads_helper import inception_url
+from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
-from cleanfid.utils import EXTENSIONS
+from torch.hub import download_url_to_file
 from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
 
 from errors import InputError, first_line
-from evaluation.images import save_png
+from evaluation.image_folder import folder_key, image_files, read_rgb
+from evaluation.images import is_constant, save_png, say_constant
 from models.embedded.classifier import load_classifier
 from models.embedded.digits import reference_pictures
 from quant.storage import atomic_write
 
+log = logging.getLogger("qua2sedimo")
+
+INCEPTION_FILE = Path("." if platform.system() == "Windows" else "/tmp") / Path(inception_url).name  # as clean-fid has it
+
 
 class InceptionFeatures:
-    """clean-fid's Inception network: 2,048 features of an image."""
+    """clean-fid's Inception network: 2,048 features of an image; InputError if its file is damaged or cannot be fetched."""
 
     name = "inception"
     resize = None  # clean-fid's own, to 299 x 299
 
     def __init__(self, device):
+        if not INCEPTION_FILE.exists():
+            _fetch_inception()
         try:
-            self.model = clean_features.build_feature_extractor("clean", device, use_dataparallel=False)
-        except (OSError, RuntimeError) as reason:
+            with INCEPTION_FILE.open("rb"):
+                network = InceptionV3W(str(INCEPTION_FILE.parent), download=False)
+        except OSError as reason:
+            raise InputError(f"{INCEPTION_FILE}: cannot be read ({reason.strerror}); FID needs it") from None
+        except Exception as reason:  # damaged files raise many types
             raise InputError(
-                "the Inception weights for FID are not at /tmp/inception-2015-12-05.pt and cannot be downloaded "
-                f"({reason}); put the file there, or try `--model_id embedded`, which needs no download"
+                f"{INCEPTION_FILE}: not clean-fid's Inception network, or damaged ({first_line(reason)}); "
+                "delete it and run again, which downloads it"
             ) from None
+        self.model = network.eval().to(device)
+
+
+def _fetch_inception():
+    """Download the network's file, whole or not at all."""
+    try:
+        download_url_to_file(inception_url, str(INCEPTION_FILE))
+    except (OSError, HTTPException) as reason:  # of the network, or of the disk
+        raise InputError(
+            f"{INCEPTION_FILE}: the Inception network, which FID needs, is not there and cannot be downloaded "
+            f"({first_line(reason)}); put the file there, or try `--model_id embedded`, which needs no download"
+        ) from None
 
 
 class DigitFeatures:
@@ -58,20 +87,25 @@ class DigitFeatures:
 
 def folder_features(folder, extractor, device, batch_size=64):
     """Features [N, F] of the images below `folder`, in sorted order; InputError names an unreadable one."""
-    try:
-        return clean_fid.get_files_features(
-            image_files(folder),
-            extractor.model,
-            num_workers=0,
-            batch_size=batch_size,
-            device=device,
-            custom_fn_resize=extractor.resize,
-            verbose=False,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError) as reason:  # unreadable, not an image, or of another size
-        raise InputError(f"{folder}: an image cannot be used ({first_line(reason)})") from None
+    pictures = _pictures(image_files(folder, say=True), same_size=extractor.resize is not None)
+    return image_features(pictures, extractor, device, batch_size)
+
+
+def _pictures(files, same_size):
+    """Yield the pixels of image files under a progress bar; InputError if they must be of the same size and are not."""
+    first, constant, animated = None, [], 0
+    for file in tqdm(files, desc="reference", unit="img"):
+        picture, more_frames = read_rgb(file)
+        first = picture if first is None else first
+        if same_size and picture.shape != first.shape:
+            sizes = [f"{width} x {height}" for height, width, _ in (picture.shape, first.shape)]
+            raise InputError(f"{file}: an image cannot be used (it is {sizes[0]} pixels, {files[0]} is {sizes[1]})")
+        constant.append(is_constant(picture[None])[0])
+        animated += more_frames
+        yield picture
+    if animated:
+        log.warning("reference: %d of %d images have several frames, of which only the first is used", animated, len(files))
+    say_constant("reference", constant)
 
 
 def image_features(images, extractor, device, batch_size=64):
@@ -83,15 +117,6 @@ def image_features(images, extractor, device, batch_size=64):
     return np.concatenate(features)
 
 
-def image_files(folder):
-    """The image files below `folder`, sorted; InputError if there are none."""
-    files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix[1:].lower() in EXTENSIONS)
-    if not files:
-        what = "holds no images" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"{folder}: {what}; reference folders are named in constants.py or by --reference")
-    return files
-
-
 def statistics(features):
     """Mean [F] and covariance [F, F] of features [N, F]."""
     return features.mean(axis=0), np.cov(features, rowvar=False)
@@ -99,22 +124,40 @@ def statistics(features):
 
 def distance(features, reference):
     """FID between features [N, F] and the reference's (mean, covariance)."""
-    return float(clean_fid.frechet_distance(*statistics(features), *reference))
+    return float(clean_fid.frechet_distance(*statistics(features), *reference[:2]))
+
+
+class Reference(NamedTuple):
+    """Statistics of a folder of real images."""
+
+    mean: np.ndarray  # [F]
+    covariance: np.ndarray  # [F, F]
+    images: int  # how many there are
 
 
 def reference_statistics(folder, extractor, device):
-    """Statistics of a reference folder, computed once and cached by extractor and `folder_key`."""
+    """The Reference of a folder, computed once and cached by extractor and `folder_key`; says how many images it is."""
     path = cache_folder() / "fid" / f"{extractor.name}-{folder_key(folder)}.npz"
-    unusable = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)  # none yet, or damaged
+    reference = _cached_statistics(path)
+    if reference is not None:
+        image_files(folder, say=True)
+    else:
+        features = folder_features(folder, extractor, device)
+        if len(features) < 2:
+            raise InputError(f"{folder}: one image has no spread to compare with; FID needs many")
+        reference = Reference(*statistics(features), len(features))
+        with atomic_write(path) as file:
+            np.savez(file, **reference._asdict())
+    log.info("reference: %d images of %s", reference.images, folder)
+    return reference
+
+
+def _cached_statistics(path):
+    """None if there are none yet, or they are damaged, or do not say of how many images they are."""
+    unusable = contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     with unusable, np.load(path, allow_pickle=False) as stored:
-        return stored["mean"], stored["covariance"]
-    features = folder_features(folder, extractor, device)
-    if len(features) < 2:
-        raise InputError(f"{folder}: one image has no spread to compare with; FID needs many")
-    mean, covariance = statistics(features)
-    with atomic_write(path) as file:
-        np.savez(file, mean=mean, covariance=covariance)
-    return mean, covariance
+        return Reference(stored["mean"], stored["covariance"], int(stored["images"]))
+    return None
 
 
 def cache_folder():
@@ -127,18 +170,11 @@ def digit_reference_folder():
     pictures = reference_pictures()
     digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
     folder = cache_folder() / f"digits-{digest}"
-    if not (folder / "complete").exists():
+    complete = folder.with_name(f"{folder.name}.complete")  # beside it: in it are images alone
+    if not complete.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "complete").unlink(missing_ok=True)  # where it was in earlier versions
         for index, picture in enumerate(pictures):
             save_png(picture, folder / f"{index:04d}.png")
-        (folder / "complete").touch()
+        complete.touch()
     return folder
-
-
-def folder_key(folder, times=True):
-    """A hash of the names, sizes and (`times`) modification times of the images below `folder`."""
-    digest = hashlib.sha256()
-    for file in image_files(folder):
-        info = os.stat(file)
-        digest.update(f"{os.path.relpath(file, folder)} {info.st_size} {times and info.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:32]

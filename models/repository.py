@@ -164,17 +164,22 @@ def _download(model_id, patterns):
 
 
 def not_fetched(model_id, reason):
-    """Says why a Hub id cannot be had: the network's, or the Hub's, own reason."""
+    """Says that a Hub id cannot be had, and why."""
+    why = why_not_fetched(reason)
+    return f"{model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub ({why}); {WAY_OUT}"
+
+
+def why_not_fetched(reason):
+    """The network's, or the Hub's, own reason in a line."""
     if isinstance(reason, OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE is set"
-    elif isinstance(reason, HfHubHTTPError):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(reason, HfHubHTTPError):
         said = getattr(reason, "server_message", None) or first_line(reason)
         why = f"the Hub says: {first_line(said)}"
         if getattr(getattr(reason, "response", None), "status_code", 0) in (401, 403):
             why += "; log in with `hf auth login`, and accept the model's terms on its page if it has any"
-    else:
-        why = first_line(reason)
-    return f"{model_id!r} is no local folder, not in the Hub's cache, and cannot be fetched from the Hub ({why}); {WAY_OUT}"
+        return why
+    return first_line(reason)
 
 
 def names_below(folder):

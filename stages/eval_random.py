@@ -71,6 +71,7 @@ def run(family, args, device, image_prompts):
     # The reference first, in case it fails.
     extractor = make_extractor(job, device)
     reference = fid.reference_statistics(args.reference, extractor, device)
+    args.reference_images = reference.images
     watch = Stopwatch(device)
     with start_workers(job, device, extractor, watch) as workers:
         try:
@@ -113,7 +114,11 @@ def parse_args(family):
     )
     parser.set_defaults(prompts=None, clip_score=False, clip_model=None)
     if not family.num_classes:
-        parser.add_argument("--prompts", type=Path, help="COCO captions, or text, a prompt a line; default in constants.py")
+        parser.add_argument(
+            "--prompts",
+            type=Path,
+            help="COCO captions, a .csv, .tsv, .jsonl or .json with prompts, or text, one a line; default in constants.py",
+        )
         parser.add_argument("--clip_score", action="store_true", help="label with the CLIP score too")
         parser.add_argument("--clip_model", default=CLIP_MODEL, help="CLIP of --clip_score: Hub id or local folder")
     add_sampling_flags(parser, family)

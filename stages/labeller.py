@@ -116,8 +116,9 @@ class Labeller:
     def measure(self, task, baseline=None):
         """({name: array [N, ...]}, {phase: seconds}) of the task's N images.
 
-        `features` [N, F] are not numbers where an image is not; with a `baseline`, also the proxies of it; with
-        --clip_score `clip_score` [N]; without a baseline, and with --keep_samples, the `images`, and `latents`.
+        `features` [N, F] are not numbers where an image is not; `constant` [N] says which are of one colour. With a
+        `baseline`, also the proxies of it; with --clip_score `clip_score` [N]; without a baseline, and with
+        --keep_samples, the `images`, and `latents`.
         """
         with self.watch.phase("quantize"):
             self.put(task.index)
@@ -141,7 +142,7 @@ class Labeller:
     def judge(self, batch, baseline):
         """{name: array [N, ...]} of a batch of images, as `measure` has it."""
         features = fid.image_features(batch.images, self.extractor, self.device)
-        judged = {"features": np.where(batch.broken[:, None], np.nan, features)}
+        judged = {"features": np.where(batch.broken[:, None], np.nan, features), "constant": batch.constant}
         chosen = slice(batch.indices.start, batch.indices.stop)
         if baseline is not None:
             originals = (np.array(each[chosen]) for each in (baseline.images, baseline.latents))

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from errors import InputError
 from evaluation import fid, jsonl, quant_cache
-from evaluation.images import save_png
+from evaluation.images import save_png, say_constant
 from evaluation.proxies import PER_IMAGE
 from quant import config
 from quant.storage import atomic_write
@@ -95,6 +95,7 @@ class Labelling:
             with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
                 row = json.loads(path.read_text())
                 if isinstance(row, dict) and config.is_row(row | {"config": {}}):
+                    self.check_reference(row["FID-GT-1k"])
                     return row
         self.baseline = None  # measured without one
         for _ in self.measured([None], self.args.n_imgs):
@@ -114,12 +115,23 @@ class Labelling:
         self.baseline = baseline.load(self.outdir / "full_precision", self.args.n_imgs)
         return row
 
+    def check_reference(self, before):
+        """InputError unless full precision's FID is what it was: labels made with other statistics do not compare."""
+        now = fid.distance(self.baseline.features, self.reference)
+        if not math.isclose(now, before, rel_tol=0.01, abs_tol=0.01):
+            raise InputError(
+                f"{self.outdir}: its labels were made with other statistics of the reference images (full precision's FID "
+                f"was {before:.3f} and is {now:.3f}), as an earlier version read some kinds of files; give another --outdir"
+            )
+
     def labels(self, name, arrays):
         """FID, and CLIP score if asked for, of measured images; NaN if an image is not made of numbers."""
         features = arrays["features"]
         bad = int(np.isnan(features).any(axis=1).sum())
         if bad:
             log.warning("%s: %d of %d images have values that are not numbers; its labels are NaN", name, bad, len(features))
+        if "constant" in arrays:
+            say_constant(name, arrays["constant"])
         with self.watch.phase("FID"):
             labels = {"FID-GT-1k": math.nan if bad else fid.distance(features, self.reference)}
         if "clip_score" in arrays:

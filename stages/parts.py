@@ -36,9 +36,10 @@ class Parts:
         return None
 
     def load_all(self, tasks):
-        """The arrays of several tasks, one after another."""
+        """The arrays of several tasks, one after another, as far as all have them."""
         loaded = [self.load(task) for task in tasks]
-        return {name: np.concatenate([arrays[name] for arrays in loaded]) for name in loaded[0]}
+        shared = [name for name in loaded[0] if all(name in arrays for arrays in loaded)]
+        return {name: np.concatenate([arrays[name] for arrays in loaded]) for name in shared}
 
     def drop(self, tasks):
         for task in tasks:

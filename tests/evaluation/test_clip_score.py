@@ -1,10 +1,14 @@
 import json
+import shutil
 import time
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from no_network import no_network
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -151,27 +155,95 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch, tmp_path):
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", from_pretrained)
     monkeypatch.setattr(clip_score.HfApi, "model_info", model_info)
-    assert "cannot be fetched from the Hub (no network)" in refusal(clip_score.CLIP_MODEL)
+    message = refusal(clip_score.CLIP_MODEL)
+    assert "not in the Hub's cache, and cannot be fetched from the Hub (no network)" in message
+    (tmp_path / "config.json").touch()
     assert "not a CLIPModel in transformers format (not here)" in refusal(tmp_path)
-    assert asked == [True, True]
+    assert asked == [True]
 
 
-def test_fetched_from_the_hub_when_not_cached(saved, monkeypatch, judge, images):
-    def on_the_hub(cls):
-        load = cls.from_pretrained
+@pytest.fixture
+def cached(saved, tmp_path, monkeypatch):
+    """The snapshot folder of the model `a/clip` in a Hub cache."""
+    commit = "0" * 40
+    model = tmp_path / "hub" / "models--a--clip"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, model / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return model / "snapshots" / commit
 
-        def from_pretrained(model_id, local_files_only, **kwargs):
-            if local_files_only:
-                raise OSError("not in the cache")
-            return load(saved, **kwargs)
 
-        return from_pretrained
+@pytest.fixture
+def hub(saved, monkeypatch):
+    """The Hub has every model; gives the list of what is asked of it."""
+    wanted = []
 
-    for cls in (CLIPModel, CLIPProcessor):
-        monkeypatch.setattr(cls, "from_pretrained", on_the_hub(cls))
-    monkeypatch.setattr(clip_score.HfApi, "model_info", lambda self, model_id, timeout: None)
-    scores = ClipScore(clip_score.CLIP_MODEL, CPU).scores(images, PROMPTS)
+    def download(model_id, local_files_only=False, allow_patterns=None):
+        if local_files_only:
+            return snapshot_download(model_id, local_files_only=True)
+        wanted.append(allow_patterns)
+        return saved
+
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
+    snapshot_download = clip_score.snapshot_download
+    monkeypatch.setattr(clip_score, "snapshot_download", download)
+    monkeypatch.setattr(clip_score.HfApi, "model_info", lambda *_, timeout: SimpleNamespace(siblings=files))
+    return wanted
+
+
+def test_fetched_from_the_hub_when_not_cached(hub, judge, images):
+    scores = ClipScore("another/clip", CPU).scores(images, PROMPTS)
     assert np.array_equal(scores, judge.scores(images, PROMPTS))
+    assert hub == [["*.json", "*.txt", "pytorch_model*.bin"]]
+
+
+def test_the_cache_alone_will_do(cached, judge, images):
+    with no_network() as asked:
+        scores = ClipScore("a/clip", CPU).scores(images, PROMPTS)
+    assert np.array_equal(scores, judge.scores(images, PROMPTS)) and asked == []
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("config.json", "it has no config.json"),
+        ("model.safetensors", "no file named model.safetensors"),
+        ("processor_config.json", "image processor"),
+        ("tokenizer.json", "no vocabulary"),
+    ],
+)
+def test_a_file_that_the_cache_lacks_is_not_called_the_network(cached, name, reason):
+    (cached / name).unlink()
+    with no_network():
+        message = refusal("a/clip")
+    assert f"{cached}, is incomplete or damaged" in message and reason in message and "no network in this test" in message
+
+
+def test_a_file_that_the_cache_lacks_is_fetched(cached, hub, judge, images):
+    (cached / "model.safetensors").unlink()
+    assert np.array_equal(ClipScore("a/clip", CPU).scores(images, PROMPTS), judge.scores(images, PROMPTS))
+    assert len(hub) == 1
+
+
+def test_a_damaged_file_in_the_cache_is_to_be_deleted(cached, monkeypatch):
+    (cached / "model.safetensors").write_bytes(b"nothing")
+    monkeypatch.setattr(clip_score, "_fetch", lambda model_id, wrong: str(cached))  # all is there, says the Hub
+    with pytest.raises(InputError, match="damaged") as caught:
+        ClipScore("a/clip", CPU)
+    assert f"delete {cached.parents[1]} and run again" in str(caught.value)
+
+
+def test_offline_mode_and_impossible_names_are_told(monkeypatch):
+    assert "Repo id must" in refusal("/no/such/folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal("a/clip")
+
+
+def test_a_folder_without_its_configuration(folder):
+    """transformers would go on with CLIP's default sizes."""
+    (folder / "config.json").unlink()
+    assert "it has no config.json" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "config.json", "tokenizer.json"])

@@ -1,11 +1,13 @@
 import functools
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from cleanfid import fid as clean_fid
 from conftest import ROOT
+from no_network import no_network
 from PIL import Image
 
 from errors import InputError
@@ -83,6 +85,37 @@ def test_reference_is_read_once(folders, monkeypatch):
     assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
 
 
+def test_number_of_images_is_told_and_kept(folders, caplog):
+    caplog.set_level("INFO", "qua2sedimo")
+    (folders[1] / "deeper.npy").touch()
+    for _ in range(2):  # computed, then from the cache
+        assert fid.reference_statistics(folders[1], fid.DigitFeatures(CPU), CPU).images == 90
+        assert f"reference: 90 images of {folders[1]}" in caplog.text and "1 of .npy" in caplog.text
+        caplog.clear()
+
+
+def test_statistics_that_do_not_tell_their_number_are_computed_again(folders):
+    """Such are of an earlier version, which read some files in other ways."""
+    extractor = fid.DigitFeatures(CPU)
+    first = fid.reference_statistics(folders[0], extractor, CPU)
+    path = fid.cache_folder() / "fid" / f"{extractor.name}-{fid.folder_key(folders[0])}.npz"
+    np.savez(path, mean=first.mean + 1, covariance=first.covariance)
+    assert np.array_equal(fid.reference_statistics(folders[0], extractor, CPU).mean, first.mean)
+
+
+def test_the_pass_over_the_reference_has_a_bar_with_the_time_left(folders, capsys):
+    fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+    bar = capsys.readouterr().err
+    assert re.search(r"reference: 100%\|.*90/90 \[\d\d:\d\d<\d\d:\d\d", bar)
+
+
+def test_black_reference_images_are_counted(folders, caplog):
+    for name in ("black.png", "white.png"):
+        save_png(np.full((64, 64, 3), 255 * (name == "white.png"), np.uint8), folders[0] / name)
+    fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+    assert "reference: 2 of 92 images are of one constant colour" in caplog.text
+
+
 def test_reference_follows_what_is_in_the_folder(folders):
     extractor = fid.DigitFeatures(CPU)
     first = fid.reference_statistics(folders[0], extractor, CPU)
@@ -102,14 +135,6 @@ def test_reference_follows_an_image_rewritten_in_the_same_size(tmp_path):
     assert fid.folder_key(tmp_path) != before
 
 
-def test_folder_without_images(tmp_path):
-    (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(InputError, match="holds no images"):
-        fid.image_files(tmp_path)
-    with pytest.raises(InputError, match=r"no such folder.*constants\.py"):
-        fid.image_files(tmp_path / "nothing")
-
-
 def test_damaged_image_is_named(folders):
     (folders[0] / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png"):
@@ -118,17 +143,18 @@ def test_damaged_image_is_named(folders):
 
 def test_sizes_that_do_not_match(folders):
     save_png(np.zeros((32, 48, 3), np.uint8), folders[0] / "other.png")
-    with pytest.raises(InputError, match="an image cannot be used"):
+    with pytest.raises(InputError, match=r"other\.png: .*48 x 32 pixels, .*0\.png is 64 x 64"):
         fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
 
 
 def test_out_of_memory_is_not_blamed_on_an_image(folders, monkeypatch):
-    def full(*args, **kwargs):
+    def full(batch):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(fid.clean_fid, "get_files_features", full)
+    extractor = fid.DigitFeatures(CPU)
+    monkeypatch.setattr(extractor, "model", full)
     with pytest.raises(torch.OutOfMemoryError):
-        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+        fid.folder_features(folders[0], extractor, CPU)
 
 
 def test_one_image_is_too_few(tmp_path):
@@ -166,5 +192,74 @@ def test_reference_digits_are_drawn_once(monkeypatch):
     folder = fid.digit_reference_folder()
     assert len(fid.image_files(folder)) == 1797
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(before) == 1797
     assert fid.digit_reference_folder() == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture
+def inception_file(tmp_path, monkeypatch):
+    """Where the Inception network's file is looked for."""
+    monkeypatch.setattr(fid, "INCEPTION_FILE", tmp_path / fid.INCEPTION_FILE.name)
+    return fid.INCEPTION_FILE
+
+
+def inception_refusal(path):
+    with pytest.raises(InputError) as caught:
+        fid.InceptionFeatures(CPU)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{path}: ")
+    return message
+
+
+class TwoNumbers(torch.nn.Module):
+    """Stands where the Inception network has its layers: mean and maximum of an image."""
+
+    def forward(self, images):
+        return torch.cat([images.mean(dim=(1, 2, 3))[:, None], images.amax(dim=(1, 2, 3))[:, None]], dim=1).repeat(1, 1024)
+
+
+def whole_file(path, name="layers"):
+    network = torch.nn.Module()
+    network.add_module(name, TwoNumbers())
+    torch.jit.script(network).save(path)
+
+
+def test_inception_is_asked_as_clean_fid_does(inception_file, monkeypatch):
+    whole_file(inception_file)
+    monkeypatch.setattr(fid, "download_url_to_file", lambda *_: pytest.fail("fetched again"))
+    images = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (0, 128, 255)])
+    features = fid.image_features(images, fid.InceptionFeatures(CPU), CPU)
+    assert features.shape == (3, 2048) and features[:, 0] == pytest.approx([-1, 0, 127 / 128])
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "weights", "text", "another"])
+def test_a_damaged_inception_file_is_named(inception_file, damage):
+    whole_file(inception_file, "layers" if damage == "cut off" else "others")
+    if damage == "weights":
+        torch.save({"weight": torch.zeros(3)}, inception_file)
+    elif damage != "another":
+        content = {"empty": b"", "text": b"<html>not found</html>"}.get(damage)
+        inception_file.write_bytes(inception_file.read_bytes()[:-200] if content is None else content)
+    message = inception_refusal(inception_file)
+    assert "or damaged (" in message and "delete it and run again" in message and "downloaded" not in message
+
+
+def test_an_inception_file_that_cannot_be_read(inception_file):
+    inception_file.mkdir()
+    assert "cannot be read (Is a directory)" in inception_refusal(inception_file)
+
+
+def test_without_a_network_inception_is_not_called_damaged(inception_file):
+    with no_network() as asked:
+        message = inception_refusal(inception_file)
+    assert asked and "cannot be downloaded" in message and "no network in this test" in message
+    assert "damaged" not in message and list(inception_file.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_not_called_the_network(inception_file, monkeypatch):
+    def full(url, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fid, "download_url_to_file", full)
+    assert "No space left on device" in inception_refusal(inception_file)

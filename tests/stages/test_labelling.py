@@ -16,6 +16,7 @@ from skimage.metrics import structural_similarity
 
 from errors import InputError
 from evaluation import jsonl, quant_cache
+from models.pipelines import Sampler
 from stages import eval_random, halving, labeller
 from stages.labeller import Task
 from stages.parts import Parts
@@ -166,3 +167,38 @@ def test_json_lines(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1.5, "b": None}, {"a": 2}]
     path.write_bytes(path.read_bytes() + b'{"a": 3')
     assert jsonl.load(path) == [{"a": 1.5, "b": None}, {"a": 2}]
+
+
+def test_parts_of_an_earlier_version_count_as_far_as_they_tell(tmp_path):
+    parts, tasks = Parts(tmp_path), [Task(7, 0, 2), Task(7, 2, 4)]
+    parts.save(tasks[0], {"features": np.zeros((2, 3))})
+    parts.save(tasks[1], {"features": np.ones((2, 3)), "constant": np.array([True, False])})
+    for order in (tasks, tasks[::-1]):
+        assert {name: len(array) for name, array in parts.load_all(order).items()} == {"features": 4}
+
+
+def test_blackened_images_are_counted_and_the_reference_is_told(mq, tmp_path, run_script, monkeypatch):
+    draw = Sampler.draw
+
+    def blacken(*args):
+        images, latents = draw(*args)
+        return np.zeros_like(images), latents
+
+    monkeypatch.setattr(Sampler, "draw", blacken)
+    flags = ("--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 1, "--batch_size", 1)
+    assert run_script(eval_random, "dit", *EVAL, *flags)[0] == 0
+    log = (tmp_path / "run.log").read_text()
+    for name in ("full_precision", "config_000"):
+        assert log.count(f"{name}: 12 of 12 images are of one constant colour") == 1
+    assert "reference: 1797 images of" in log
+    assert "\nreference_images: 1797\n" in (tmp_path / "sampling_config.yaml").read_text()
+
+
+def test_labels_made_with_other_statistics_of_the_reference_are_not_gone_on_with(labels, mq, tmp_path, run_script):
+    """As after a version that read some kinds of files in another way."""
+    folder = shutil.copytree(labels, tmp_path / "labels")
+    row = json.loads((folder / "full_precision.json").read_text())
+    row["FID-GT-1k"] *= 1.1
+    (folder / "full_precision.json").write_text(json.dumps(row))
+    code, printed = run_script(eval_random, "dit", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+    assert code == 2 and "other statistics of the reference images" in printed and "another --outdir" in printed
