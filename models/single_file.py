@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers import pipelines
 from diffusers.loaders.single_file import load_single_file_sub_model
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     infer_diffusers_model_type,
@@ -100,6 +101,7 @@ class SingleFile:
         """The component `name` in `dtype`; InputError if the file lacks one of its weights, or has others."""
         loaded_class = component_class(self, name)
         library, class_name = self.index[name]
+        self._check_whole(name, loaded_class)
         with explained_file(self.path, self._title), left_over() as unused:
             module = load_single_file_sub_model(
                 library_name=library,
@@ -110,17 +112,32 @@ class SingleFile:
                 is_pipeline_module=False,
                 cached_model_config_path=str(self.folder),
                 local_files_only=True,
-                torch_dtype=dtype,
+                torch_dtype=None,  # cast below, once a text encoder's weights are known to be there
             )
-        missing = sorted(key for key, weight in module.state_dict().items() if weight.is_meta and not UNREAD.search(key))
+        self._check_missing(name, (key for key, weight in module.state_dict().items() if weight.is_meta))
+        if unused:
+            raise InputError(f"{self.path}: {unused[0]}")
+        return module.to(dtype).eval()
+
+    def _check_whole(self, name, loaded_class):
+        """InputError if the file lacks a weight of one of diffusers' models, which its loader would not name."""
+        convert = SINGLE_FILE_LOADABLE_CLASSES.get(loaded_class.__name__, {}).get("checkpoint_mapping_fn")
+        if convert is None:
+            return
+        with explained_file(self.path, self._title), torch.device("meta"):
+            config = loaded_class.load_config(self.folder, subfolder=name)
+            wanted = loaded_class.from_config(config).state_dict()
+            found = convert(config=config, checkpoint=dict(self.checkpoint))
+        if found:
+            self._check_missing(name, wanted.keys() - found.keys())
+
+    def _check_missing(self, name, keys):
+        missing = sorted(key for key in keys if not UNREAD.search(key))
         if missing:
             raise InputError(
                 f"{self.path}: this file is not a checkpoint of {self._title} (not all weights of its {name} are in it, "
                 f"first {missing[0]})"
             )
-        if unused:
-            raise InputError(f"{self.path}: {unused[0]}")
-        return module.eval()
 
     def tokenizers(self):
         """The tokenizers that may have no vocabulary in the configuration's folder, {name: tokenizer}."""
