@@ -36,17 +36,17 @@ def as_on_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_s_types_are_its_library_s(published_folder, as_on_cuda, name):
-    family, folder = FAMILIES[name], published_folder(name)
+def test_a_family_s_types_are_its_library_s(shallow_folder, as_on_cuda, name):
+    family, folder = FAMILIES[name], shallow_folder(name)
     sampler = pipelines.load_sampler(family, str(folder), CPU)
     own = dtypes(sampler.pipeline)
     assert own == library_s_own(family.pipeline, folder, family.dtype)
     assert own[f"{family.denoiser}.{next(iter(sampler.denoiser.state_dict()))}"] == family.dtype == torch.float16
 
 
-def test_the_refiner_s_types_are_its_library_s(published_folder, as_on_cuda):
-    family, folder = FAMILIES["sdxl"], published_folder("sdxl_refiner")
-    sampler = pipelines.load_sampler(family, str(published_folder("sdxl")), CPU, str(folder))
+def test_the_refiner_s_types_are_its_library_s(shallow_folder, as_on_cuda):
+    family, folder = FAMILIES["sdxl"], shallow_folder("sdxl_refiner")
+    sampler = pipelines.load_sampler(family, str(shallow_folder("sdxl")), CPU, str(folder))
     expected = library_s_own(family.refiner.pipeline, folder, family.dtype)
     assert dtypes(sampler.refiner) == expected and torch.float16 in expected.values()
 
@@ -64,9 +64,9 @@ def test_the_checkpoint_s_types_are_its_library_s(checkpoint, published_folder, 
 
 
 @pytest.mark.parametrize("name, encoder", [("pixart_alpha", "text_encoder"), ("hunyuan", "text_encoder_2")])
-def test_t5_s_second_projections_stay_in_float32(published_folder, as_on_cuda, name, encoder):
+def test_t5_s_second_projections_stay_in_float32(shallow_folder, as_on_cuda, name, encoder):
     """transformers#20287: in half precision their output overflows."""
-    sampler = pipelines.load_sampler(FAMILIES[name], str(published_folder(name)), CPU)
+    sampler = pipelines.load_sampler(FAMILIES[name], str(shallow_folder(name)), CPU)
     found = {key: dtype for key, dtype in dtypes(sampler.pipeline).items() if key.startswith(f"{encoder}.encoder")}
     assert {dtype for key, dtype in found.items() if ".wo." in key} == {torch.float32}
     assert {dtype for key, dtype in found.items() if ".wi_0." in key or ".q." in key} == {torch.float16}
