@@ -1,0 +1,260 @@
+"""What the published config.json and scheduler_config.json files say, by component; where each is from says `published`."""
+
+from hub_layouts.text_configs import BERT, OPEN_CLIP, OPENAI_CLIP, T5, T5_XXL
+
+NO_UNET_CHANGE = {  # keys of diffusers 0.19 that say nothing beyond its defaults
+    "act_fn": "silu",
+    "addition_embed_type_num_heads": 64,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "upcast_attention": None,
+}
+XL_UNET = NO_UNET_CHANGE | {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "sample_size": 128,
+    "use_linear_projection": True,
+}
+XL2 = {  # both DiT's and PixArt's denoisers were written as one class
+    "_class_name": "Transformer2DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 72,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_num_groups": 32,
+    "num_attention_heads": 16,
+    "num_embeds_ada_norm": 1000,
+    "num_layers": 28,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 8,
+    "patch_size": 2,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+PIXART = XL2 | {
+    "attention_type": "default",
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "double_self_attention": False,
+    "norm_eps": 1e-06,
+    "norm_type": "ada_norm_single",
+}
+SNAPSHOT = "/home/patrick/.cache/huggingface/hub/models--diffusers--PixArt-XL-2-512x512/snapshots"
+
+
+def _vae(version, **more):
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": version,
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    } | more
+
+
+XL_VAE = _vae("0.20.0.dev0", _name_or_path="../sdxl-vae/", force_upcast=True, sample_size=1024, scaling_factor=0.13025)
+DPM_SOLVER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "algorithm_type": "dpmsolver++",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": False,
+    "lambda_min_clipped": float("-inf"),  # written as -Infinity, which is not JSON
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
+    "variance_type": None,
+}
+EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+
+# name -> component -> what its config.json or scheduler_config.json says.
+CONFIGS = {
+    "pixart_alpha": {
+        "transformer": PIXART | {"_diffusers_version": "0.22.0.dev0", "sample_size": 64},
+        "text_encoder": T5_XXL | {"_name_or_path": f"{SNAPSHOT}/877b907/text_encoder", "torch_dtype": "float16"},
+        "vae": _vae(
+            "0.22.0.dev0",
+            _name_or_path=f"{SNAPSHOT}/877b907/vae",
+            force_upcast=True,
+            sample_size=256,
+            scaling_factor=0.18215,
+        ),
+        "scheduler": DPM_SOLVER,
+    },
+    "pixart_sigma": {
+        "transformer": PIXART
+        | {"_diffusers_version": "0.28.0.dev0", "sample_size": 128, "interpolation_scale": 2}
+        | {"use_additional_conditions": False},
+        "text_encoder": T5_XXL | {"torch_dtype": "float32"},
+        "vae": _vae("0.22.0.dev0", force_upcast=False, sample_size=512, scaling_factor=0.13025),
+        "scheduler": DPM_SOLVER,
+    },
+    "hunyuan": {
+        "transformer": {
+            "_class_name": "HunyuanDiT2DModel",
+            "_diffusers_version": "0.29.0.dev0",
+            "activation_fn": "gelu-approximate",
+            "attention_head_dim": 88,
+            "cross_attention_dim": 1024,
+            "cross_attention_dim_t5": 2048,
+            "hidden_size": 1408,
+            "in_channels": 4,
+            "learn_sigma": True,
+            "mlp_ratio": 4.3637,
+            "norm_type": "layer_norm",
+            "num_attention_heads": 16,
+            "num_layers": 40,
+            "patch_size": 2,
+            "pooled_projection_dim": 1024,
+            "sample_size": 128,
+            "text_len": 77,
+            "text_len_t5": 256,
+        },
+        "text_encoder": BERT,
+        "text_encoder_2": T5
+        | {"d_ff": 5120, "d_kv": 64, "d_model": 2048, "num_heads": 32, "vocab_size": 250112}
+        | {"tokenizer_class": "T5Tokenizer", "torch_dtype": "float32", "transformers_version": "4.41.1"},
+        "vae": _vae("0.29.0.dev0", force_upcast=False, latents_mean=None, latents_std=None)
+        | {"sample_size": 512, "scaling_factor": 0.13025},
+        "scheduler": {
+            "_class_name": "DDPMScheduler",
+            "_diffusers_version": "0.29.0.dev0",
+            "beta_end": 0.03,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "clip_sample": False,
+            "clip_sample_range": 1.0,
+            "dynamic_thresholding_ratio": 0.995,
+            "num_train_timesteps": 1000,
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": False,
+            "sample_max_value": 1.0,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "thresholding": False,
+            "timestep_spacing": "leading",
+            "trained_betas": None,
+            "variance_type": "fixed_small",
+        },
+    },
+    "sdxl": {
+        "unet": XL_UNET
+        | {
+            "attention_head_dim": [5, 10, 20],
+            "block_out_channels": [320, 640, 1280],
+            "cross_attention_dim": 2048,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "projection_class_embeddings_input_dim": 2816,
+            "transformer_layers_per_block": [1, 2, 10],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        },
+        "text_encoder": OPENAI_CLIP,
+        "text_encoder_2": OPEN_CLIP,
+        "vae": XL_VAE,
+        "scheduler": EULER,
+    },
+    "sdxl_refiner": {
+        "unet": XL_UNET
+        | {
+            "attention_head_dim": [6, 12, 24, 24],
+            "block_out_channels": [384, 768, 1536, 1536],
+            "cross_attention_dim": 1280,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "projection_class_embeddings_input_dim": 2560,
+            "transformer_layers_per_block": 4,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        },
+        "text_encoder_2": OPEN_CLIP,
+        "vae": XL_VAE,
+        "scheduler": EULER,
+    },
+    "dit": {
+        "transformer": XL2
+        | {"_diffusers_version": "0.12.0.dev0", "cross_attention_dim": None, "norm_type": "ada_norm_zero"}
+        | {"sample_size": 64},
+        "vae": _vae("0.12.0.dev0", _name_or_path="stabilityai/sd-vae-ft-mse", sample_size=256),
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "_diffusers_version": "0.12.0.dev0",
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "beta_start": 0.0001,
+            "clip_sample": False,
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+            "trained_betas": None,
+        },
+    },
+}
