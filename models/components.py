@@ -33,6 +33,7 @@ def load_component(repository, name, dtype, variants=()):
     weight or has others.
     """
     library = repository.index[name][0]
+    require(repository, f"{name}/config.json")  # without it transformers would take a configuration of its own
     check_plain(repository, name)
     loaded_class = component_class(repository, name)
     files = repository.weights(name, library, variants)
@@ -55,6 +56,13 @@ def load_component(repository, name, dtype, variants=()):
 
 # transformers would make up at random what does not fit; so it reports it, and check_keys refuses.
 MISMATCHES_REPORTED = {"transformers": {"ignore_mismatched_sizes": True}}
+
+
+def require(repository, *names):
+    """InputError that names the first of the small files that is not there."""
+    for name in names:
+        if name not in repository.names:
+            raise InputError(repository.missing(name))
 
 
 def component_class(repository, name):

@@ -143,7 +143,7 @@ def _on_hub(model_id):
     if names is not None:
         return Repository(model_id, _download(model_id, SMALL_FILES), names, online=True, hub=True)
     try:
-        folder = snapshot_download(model_id, local_files_only=True)
+        folder = snapshot_download(model_id, local_files_only=True, allow_patterns=[INDEX])
     except LocalEntryNotFoundError:
         raise InputError(not_fetched(model_id, reason)) from None
     except (OSError, ValueError) as failure:
