@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hub_layouts import published, vocabularies
 from hub_layouts.configs import CONFIGS
 from models import geometry
-from models.pipelines import SD1_CONFIG
+from models.single_file import SD1_CONFIG
 
 UNREADABLE = b"\x89not for this program"
 SMALL_T5 = {"d_ff": 96, "d_kv": 12, "d_model": 48, "num_decoder_layers": 2, "num_heads": 4, "num_layers": 2}

@@ -9,7 +9,7 @@ from hub_layouts.configs import CONFIGS
 from hub_layouts.published import GIGABYTES, INDICES, REPOSITORIES, files
 from models import geometry
 from models.families import FAMILIES
-from models.pipelines import SD1_CONFIG
+from models.single_file import SD1_CONFIG
 
 
 def test_the_default_models_are_these_repositories():
