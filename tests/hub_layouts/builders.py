@@ -222,15 +222,8 @@ def _save(state, path):
 
 def _fill(name, folder):
     """Put something in the place of the files that nothing reads; second autoencoders are as the first."""
-    for file in filter(_is_unread, published.files(name)):
+    for file in published.files(name) - published.read_files(name):
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         first = folder / "vae" / path.name
         path.write_bytes(first.read_bytes() if "vae_" in file and first.exists() else UNREADABLE)
-
-
-def _is_unread(file):
-    folder, _, base = file.rpartition("/")
-    of_others = base.endswith((".msgpack", ".onnx", ".onnx_data", ".xml", ".h5")) or base == "openvino_model.bin"
-    at_the_root = not folder and not base.endswith(("json", "merges.txt"))
-    return of_others or at_the_root or folder.startswith(("asset", "vae_"))

@@ -95,6 +95,18 @@ def files(name):
     return {f"{folder}/{file}".lstrip("/") for folder, names in FILES[name].items() for file in names.split()}
 
 
+def read_files(name):
+    """Those of them that the libraries read for the pipeline, or the vocabulary, which is all that they fetch."""
+    return {file for file in files(name) if _is_read(file)}
+
+
+def _is_read(file):
+    folder, _, base = file.rpartition("/")
+    of_others = base.endswith((".msgpack", ".onnx", ".onnx_data", ".xml", ".h5")) or base == "openvino_model.bin"
+    at_the_root = not folder and not base.endswith(("json", "merges.txt"))
+    return not (of_others or at_the_root or folder.startswith(("asset", "vae_")))
+
+
 REPOSITORIES = {
     "pixart_alpha": "PixArt-alpha/PixArt-XL-2-512x512",
     "pixart_sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",

@@ -46,7 +46,7 @@ def test_a_family_s_types_are_its_library_s(shallow_folder, as_on_cuda, name):
 
 def test_the_refiner_s_types_are_its_library_s(shallow_folder, as_on_cuda):
     family, folder = FAMILIES["sdxl"], shallow_folder("sdxl_refiner")
-    sampler = pipelines.load_sampler(family, str(shallow_folder("sdxl")), CPU, str(folder))
+    sampler = pipelines.load_sampler(family, str(shallow_folder("sdxl")), CPU, pipelines.Extras(refiner_id=str(folder)))
     expected = library_s_own(family.refiner.pipeline, folder, family.dtype)
     assert dtypes(sampler.refiner) == expected and torch.float16 in expected.values()
 
@@ -76,8 +76,8 @@ def test_t5_s_second_projections_stay_in_float32(shallow_folder, as_on_cuda, nam
 def test_types_fit_together_in_half_precision(shallow_folder, as_on_cuda, name):
     """From the prompt to the pixels: nothing meets a tensor of another type, and the picture is finite."""
     family = FAMILIES[name]
-    refiner = str(shallow_folder("sdxl_refiner")) if family.refiner else None
-    sampler = pipelines.load_sampler(family, str(shallow_folder(name)), CPU, refiner)
+    extras = pipelines.Extras(refiner_id=str(shallow_folder("sdxl_refiner")) if family.refiner else None)
+    sampler = pipelines.load_sampler(family, str(shallow_folder(name)), CPU, extras)
     prompt = [3] if family.num_classes else ["a red seven"]
     with torch.no_grad():
         images = sampler.images(prompt, noise_generators(3, [0]), 2, 4.0, 64)

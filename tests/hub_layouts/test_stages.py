@@ -11,7 +11,7 @@ from PIL import Image
 from evaluation import fid, quant_cache
 from hub_layouts.conftest import CHECKPOINT
 from hub_layouts.hub import environment, hub_cache
-from hub_layouts.published import REPOSITORIES
+from hub_layouts.published import REPOSITORIES, read_files
 from models.families import FAMILIES
 from stages import eval_random, infer, multiquantizer
 
@@ -29,10 +29,13 @@ def judged_by_digits(monkeypatch):
 
 @pytest.fixture
 def workplace(request, tmp_path, monkeypatch, in_cache, published_folder, checkpoint):
-    """A family whose default model is in the cache, or where the checkpoint belongs; the working folder is the test's."""
+    """A family whose default model is in the cache, or where the checkpoint belongs; the working folder is the test's.
+
+    The cache is as a download leaves it: the files that are read, and a listing of all that there are.
+    """
     family = FAMILIES[request.param]
-    for number, name in enumerate(NEEDED[family.name]):
-        in_cache(name, published_folder(name), listing=number == 0)
+    for name in NEEDED[family.name]:
+        in_cache(name, published_folder(name), files=read_files(name), listing=True)
     if family.name == "sdv15":
         (tmp_path / CHECKPOINT).parent.parent.mkdir(parents=True)
         (tmp_path / CHECKPOINT).parent.symlink_to(checkpoint.parent)

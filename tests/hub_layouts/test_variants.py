@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hub_layouts.builders import save_weights
 from hub_layouts.published import files
 from models.families import FAMILIES
-from models.pipelines import load_denoiser, load_sampler
+from models.pipelines import Extras, load_denoiser, load_sampler
 
 CPU = torch.device("cpu")
 PLACES = ["folder", "cache", "cache with a listing"]
@@ -128,7 +128,7 @@ def test_a_refiner_need_not_have_the_base_s_variant(some_files, placed, in_cache
     if where != "folder":
         in_cache("sdxl_refiner", refiner)
         refiner_id = FAMILIES["sdxl"].refiner.model_id
-    loaded = weights_of(load_sampler(FAMILIES["sdxl"], model_id, CPU, refiner_id).refiner)
+    loaded = weights_of(load_sampler(FAMILIES["sdxl"], model_id, CPU, Extras(refiner_id=refiner_id)).refiner)
     published = load_file(shallow_folder("sdxl_refiner") / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert same(of_component(loaded, "unet"), published)
 
