@@ -1,13 +1,10 @@
-"""What the three stages share: flags, and the one-line end of a bad run."""
+"""What the three stages share: flags, and the models that they ask for."""
 
 import argparse
 import dataclasses
 import importlib.util
 import logging
 import math
-import sys
-import time
-import warnings
 from pathlib import Path
 
 import diffusers
@@ -18,16 +15,10 @@ from models.families import FAMILIES
 from models.lora import open_lora
 from models.pipelines import is_embedded
 from models.single_file import SUFFIXES
+from stages.run import OneLineParser, run_main
 
 log = logging.getLogger("qua2sedimo")
 PRECISIONS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line, as every other bad input is said."""
-
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
 
 
 def parser_for(family, stage, description):
@@ -94,6 +85,15 @@ def seed(text):
     return number
 
 
+def utf8(text):
+    """Type of a flag that is words, which tokenizers read as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8") from None
+    return text
+
+
 def finite(text):
     """Type of a flag that is an ordinary number."""
     number = float(text)
@@ -131,17 +131,3 @@ def check_extra(package, extra, what):
 def run_stage(stage, family_name):
     """Run a stage's `main` for a family as `run_main` has it."""
     run_main(lambda: stage(FAMILIES[family_name]))
-
-
-def run_main(main):
-    """Run a script; bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
-    start = time.monotonic()
-    try:
-        main()
-    except (InputError, OSError) as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"stopped after {time.monotonic() - start:.0f} s; the same command goes on", file=sys.stderr)
-        sys.exit(130)

@@ -195,9 +195,7 @@ def value_of(ref):
     try:
         return ray.get(ref)
     except RayTaskError as reason:
-        if isinstance(reason.cause, InputError | OSError):
-            raise reason.cause from None
-        raise
+        raise reason.cause from reason  # whose text is the worker's traceback
 
 
 def connect(args):
