@@ -41,6 +41,8 @@ def lacks_memory(reason):
 def _says_no_memory(reason):
     if isinstance(reason, OSError) and reason.errno is not None:
         return reason.errno == errno.ENOMEM
+    if isinstance(reason, ImportError):
+        return "failed to map segment" in str(reason) and "permitted" not in str(reason)
     if any(each.__name__ == "OutOfMemoryError" for each in type(reason).__mro__):  # PyTorch's and Ray's
         return True
     return isinstance(reason, RuntimeError) and any(words in str(reason).lower() for words in NO_MEMORY)

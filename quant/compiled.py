@@ -10,8 +10,12 @@ class _Cache(FunctionCache):
     """Numba's own, in which a compiled function that cannot be read or kept is no error: it is compiled anew."""
 
     def load_overload(self, *args):
-        with contextlib.suppress(Exception):  # a damaged file raises almost anything
+        try:
             return super().load_overload(*args)
+        except Exception:  # a damaged file raises almost anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
 
     def save_overload(self, *args):
         with contextlib.suppress(OSError):  # a full disk

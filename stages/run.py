@@ -6,6 +6,7 @@ Imports nothing heavy, so that a failure to import what is heavy is told like an
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ LESS_MEMORY = (
     ("--res", "a smaller --res", ()),
     ("--device", "--device cpu", ("cpu",)),
 )
+TAKE_HOST_MEMORY = ("--offload", "--device")  # instead of a device's
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -69,7 +71,7 @@ def run_main(main):
     """
     start = time.monotonic()
     settle_streams()
-    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
+    silence()
     try:
         settle_home()
         main()
@@ -85,6 +87,12 @@ def run_main(main):
     except KeyboardInterrupt:
         print(f"stopped after {time.monotonic() - start:.0f} s; the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def silence():
+    """Keep off the screen what libraries say that is of no use to a user."""
+    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts
 
 
 def settle_streams():
@@ -126,7 +134,7 @@ def explanation(reason):
     if isinstance(reason, InputError):
         return " ".join(str(reason).split("\n"))
     if lacks_memory(reason):
-        return f"out of memory ({first_line(reason)}); {advice_on_memory()}"
+        return f"out of memory ({first_line(reason)}); {advice_on_memory(reason)}"
     if isinstance(reason, ImportError):
         return f"{first_line(reason)}; `pip install -e .` in the project's folder installs what it needs; {DEBUG} shows more"
     if isinstance(reason, OSError) and reason.strerror:
@@ -135,13 +143,16 @@ def explanation(reason):
     return f"unexpected {type(reason).__name__}: {first_line(reason)}; {DEBUG} shows more"
 
 
-def advice_on_memory():
-    """What of the script's own flags, as they were given, would take less memory."""
+def advice_on_memory(reason):
+    """What of the script's own flags, as they were given, would take less of the memory that ran out."""
+    host = isinstance(reason, MemoryError | OSError | ImportError) or "CPU" in str(reason)
     parser = OneLineParser.latest
     flags = {} if parser is None else {flag: action.dest for action in parser._actions for flag in action.option_strings}
     helpful = [
         how
         for flag, how, already in LESS_MEMORY
-        if flag in flags and getattr(parser.parsed, flags[flag], None) not in already
+        if flag in flags
+        and getattr(parser.parsed, flags[flag], None) not in already
+        and not (host and flag in TAKE_HOST_MEMORY)
     ]
     return f"what takes less: {', '.join(helpful)}" if helpful else "a machine with more memory is needed"

@@ -8,7 +8,7 @@ PR_CAPBSET_DROP = 24
 OVERRIDES = (1, 2, 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER: what lets root write where nobody may
 
 
-def run(command, **settings):
+def run_unprivileged(command, **settings):
     """`subprocess.run`, in which read-only files and folders are read-only for root too."""
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=_give_up_overrides, **settings)
 
