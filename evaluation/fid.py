@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import os
 import platform
 import zipfile
 import zlib

@@ -1,7 +1,6 @@
 """Files that survive a crash and pickles that cannot run code."""
 
 import contextlib
-import errno
 import functools
 import io
 import logging
@@ -49,7 +48,7 @@ def check_writable(path):
     try:
         _reach(path)
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            raise InputError(f"{path}: is a folder; name a file")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as reason:
         raise InputError(_unwritten(path, reason)) from reason

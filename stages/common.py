@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import logging
 import math
+import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -18,6 +21,8 @@ from models.single_file import SUFFIXES
 from stages.run import OneLineParser, run_main
 
 log = logging.getLogger("qua2sedimo")
+HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+LONGEST_NAME = 60  # characters of a model's name in a file's
 PRECISIONS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
 
 
@@ -59,22 +64,33 @@ def add_flag(parser, family, flag, **settings):
 def multiquantizer_of(args, family):
     """Where the multiquantizer of the flags' model stands by default; adapters and another precision are in its name."""
     path = multiquantizer_path(family, args.model_id)
-    changes = [open_lora(each).name for each in args.lora]
+    changes = [f"{lora.name}-{short_hash(lora.key)}" for lora in map(open_lora, args.lora)]
     if family.dtype != FAMILIES[family.name].dtype:
         changes.append(args.dtype)
     return path.with_name("_".join([path.name.removesuffix("_mq.pt"), *changes, "mq.pt"]))
 
 
 def multiquantizer_path(family, model_id):
-    """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own."""
-    if model_id == family.model_id:
+    """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own.
+
+    Of a Hub id that is the id; of a folder or file its name, and a hash of the whole path: the same names stand in many.
+    """
+    if str(model_id) == family.model_id:
         suffix = ""
     elif is_embedded(family, model_id):
         suffix = "_embedded"
+    elif HUB_ID.fullmatch(str(model_id)) and not Path(model_id).exists():
+        suffix = f"_{model_id.replace('/', '--')}"
     else:
-        path = Path(model_id)
-        suffix = f"_{path.stem if path.suffix.lower() in SUFFIXES else path.name}"
+        path = Path(model_id).resolve()
+        name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:LONGEST_NAME]
+        suffix = f"_{readable}-{short_hash(path)}"
     return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
+
+
+def short_hash(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
 def seed(text):

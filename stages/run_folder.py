@@ -68,17 +68,21 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
-def save_settings(args, path):
-    """Write the run's flags, all of them, as YAML."""
-    settings = {name: _plain(value) for name, value in vars(args).items()}
-    with atomic_write(path) as file:
-        yaml.dump(settings, file, _Dumper, encoding="utf-8", allow_unicode=True, sort_keys=False)
+def written(args):
+    """The flags as `save_settings` writes them, {name: value}."""
+    return {name: _plain(value) for name, value in vars(args).items()}
 
 
 def _plain(value):
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def save_settings(args, path):
+    """Write the run's flags, all of them, as YAML."""
+    with atomic_write(path) as file:
+        yaml.dump(written(args), file, _Dumper, encoding="utf-8", allow_unicode=True, sort_keys=False)
 
 
 def read_settings(path):
