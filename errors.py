@@ -1,5 +1,17 @@
 """The one exception that scripts show as a single line instead of a traceback, and how to fit others into one."""
 
+import errno
+
+NO_MEMORY = (
+    "out of memory",  # CUDA, HIP, XPU and MPS
+    "not enough memory",
+    "allocate memory",  # can't, cannot, could not, unable to, failed to
+    "bad_alloc",
+    "alloc_failed",  # cuBLAS and its like
+    "error_out_of_memory",
+)
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # not every system has quotas
+
 
 class InputError(Exception):
     """Something the user gave is wrong; the message names the file, layer or flag, and the way out."""
@@ -8,3 +20,29 @@ class InputError(Exception):
 def first_line(reason, limit=200):
     """The first line of an exception's message, or its type's name where it has none."""
     return (str(reason).strip() or type(reason).__name__).splitlines()[0][:limit]
+
+
+def system_reason(reason):
+    """What the operating system says by an OSError, in a few words."""
+    if reason.errno in DISK_FULL:
+        return "the disk, or your share of it, is full"
+    return reason.strerror or first_line(reason)
+
+
+def lacks_memory(reason):
+    """Whether an exception, or one that it came of, says that memory ran out, the host's or a device's."""
+    while reason is not None:
+        if isinstance(reason, MemoryError) or _says_no_memory(reason):
+            return True
+        reason = reason.__cause__ or (None if reason.__suppress_context__ else reason.__context__)
+    return False
+
+
+def _says_no_memory(reason):
+    if isinstance(reason, OSError) and reason.errno is not None:
+        return reason.errno == errno.ENOMEM
+    if isinstance(reason, ImportError):
+        return "failed to map segment" in str(reason) and "permitted" not in str(reason)
+    if any(each.__name__ == "OutOfMemoryError" for each in type(reason).__mro__):  # PyTorch's and Ray's
+        return True
+    return isinstance(reason, RuntimeError) and any(words in str(reason).lower() for words in NO_MEMORY)

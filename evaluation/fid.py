@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import os
 import platform
 import zipfile
 import zlib
@@ -31,7 +30,7 @@ from evaluation.image_folder import folder_key, image_files, read_rgb
 from evaluation.images import is_constant, save_png, say_constant
 from models.embedded.classifier import load_classifier
 from models.embedded.digits import reference_pictures
-from quant.storage import atomic_write
+from quant.storage import atomic_write, cache_folder
 
 log = logging.getLogger("qua2sedimo")
 
@@ -158,11 +157,6 @@ def _cached_statistics(path):
     with unusable, np.load(path, allow_pickle=False) as stored:
         return Reference(stored["mean"], stored["covariance"], int(stored["images"]))
     return None
-
-
-def cache_folder():
-    """Where computed things are kept between runs: $QUA2SEDIMO_CACHE, or ~/.cache/qua2sedimo."""
-    return Path(os.environ.get("QUA2SEDIMO_CACHE", Path.home() / ".cache" / "qua2sedimo"))
 
 
 def digit_reference_folder():

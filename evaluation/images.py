@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError, first_line
+from errors import InputError, first_line, lacks_memory
 
 log = logging.getLogger("qua2sedimo")
 
@@ -61,7 +61,7 @@ def generate_batches(sampler, prompts, settings, name, first=0, last=None, show=
             batch = prompts[indices.start : indices.stop]
             try:
                 images, latents = sampler.draw(batch, generators, settings.steps, settings.guidance, settings.res)
-            except RuntimeError as reason:  # lack of memory is one
+            except (RuntimeError, MemoryError) as reason:
                 halve_batch(settings, reason)
                 continue
             broken = ~np.isfinite(images).all(axis=(1, 2, 3))
@@ -83,8 +83,7 @@ def generate(sampler, prompts, settings, name):
 
 def halve_batch(settings, reason):
     """Take half the batch size from here on; raise `reason` if it is not a lack of memory."""
-    lack_of_memory = isinstance(reason, torch.OutOfMemoryError) or "not enough memory" in str(reason)
-    if not lack_of_memory:
+    if not lacks_memory(reason):
         raise reason
     if settings.batch_size == 1:
         raise InputError(f"out of memory with one image at a time ({first_line(reason)}); try a smaller --res") from None

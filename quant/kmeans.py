@@ -8,9 +8,10 @@ import importlib.util
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from quant import kmeans_cpu
+from quant.compiled import kernel
 from quant.rows import check, run, sorted_rows
 
 
@@ -90,7 +91,7 @@ def _as_tensors(bits, centroids, weight):
     return {b: table.to(weight.device, dtype) for b, table in zip(bits, centroids, strict=True)}
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel(parallel=True, nogil=True)
 def _choose(rows, boundaries, levels, out):
     """out [C, n]: of each channel's `levels` [C, k], the one that its weight's `boundaries` [C, k-1] send it to."""
     for channel in prange(len(rows)):

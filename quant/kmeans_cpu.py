@@ -22,8 +22,9 @@ their channel's clusters are wide.
 
 import numpy as np
 import torch
-from numba import njit, prange, uint64
+from numba import prange, uint64
 
+from quant.compiled import kernel
 from quant.rows import check, run
 
 ROWS_PER_TASK = 16  # each task's rows share what they learn about the penalty
@@ -60,7 +61,7 @@ def histogram(weight):
     return values[order], counts[used[order]]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel(parallel=True, nogil=True)
 def _count(bits, counts):
     """How often each 16-bit pattern stands in `bits` [n]: counts [parts, 65536], to be added up."""
     parts = len(counts)
@@ -69,7 +70,7 @@ def _count(bits, counts):
             counts[part, bits[i]] += 1
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, nogil=True, error_model="numpy")
 def _fit_rows(rows, sizes, out):
     """Centroids of each ascending row of `rows` [R, n], for each size in turn: out [R, sum(sizes)]."""
     count, n = rows.shape
@@ -88,7 +89,7 @@ def _fit_rows(rows, sizes, out):
                 offset += k
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, nogil=True, error_model="numpy")
 def _fit_histogram(values, counts, sizes, out):
     """Centroids of ascending `values` [n] with `counts` [n] (None: one each), for each size in turn: out [sum(sizes)]."""
     n = len(values)
@@ -101,7 +102,7 @@ def _fit_histogram(values, counts, sizes, out):
         _fit_values(x[:m], mass[: m + 1], moment[: m + 1], center, k, PENALTY, cost, start, out[ends[s] - k : ends[s]])
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _prefix_sums(values, counts, x, mass, moment):
     """Number of distinct values and their mean; x, about that mean, and prefix sums of counts and of count times x."""
     total, weight = 0.0, 0.0
@@ -123,7 +124,7 @@ def _prefix_sums(values, counts, x, mass, moment):
     return m, center
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _fit_values(x, mass, moment, center, k, factor, cost, start, out):
     """Write the k centroids to `out`; returns how far off `factor` of the estimated penalty was, a share of it."""
     m = len(x)
@@ -145,7 +146,7 @@ def _fit_values(x, mass, moment, center, k, factor, cost, start, out):
     return correction
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _estimated_penalty(x, mass, k):
     """6 x the high-resolution penalty of k clusters: (integral of density^(1/3) / k)^3, from about 40 steps."""
     last = len(x) - 1
@@ -159,7 +160,7 @@ def _estimated_penalty(x, mass, k):
     return (total / k) ** 3
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _best_path(x, mass, moment, k, penalty, cost, start):
     """Boundaries [k + 1] of the best path of k steps, and a penalty at which it is best of all; 1 <= k < m."""
     few_steps, many_steps = 0, 0  # 0: no such path yet
@@ -184,7 +185,7 @@ def _best_path(x, mass, moment, k, penalty, cost, start):
             exponent *= 2
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _penalised_path(x, mass, moment, penalty, cost, start):
     """Steps of the path with the least squared error + penalty x steps.
 
@@ -222,7 +223,7 @@ def _penalised_path(x, mass, moment, penalty, cost, start):
     return steps
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _possible_boundaries(x, mass, moment, k):
     """x, mass and moment with values merged across which no boundary of the best k clusters can lie.
 
@@ -266,14 +267,14 @@ def _possible_boundaries(x, mass, moment, k):
     return (moment[1:] - moment[:-1]) / (mass[1:] - mass[:-1]), mass, moment
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _midpoint(mass, moment, begin, boundary, end):
     """Between the means of the clusters on both sides of a boundary."""
     left = (moment[boundary] - moment[begin]) / (mass[boundary] - mass[begin])
     return (left + (moment[end] - moment[boundary]) / (mass[end] - mass[boundary])) / 2
 
 
-@njit(cache=True)
+@kernel()
 def _trace(start, steps):
     bounds = np.empty(steps + 1, np.int64)
     at = len(start) - 1
@@ -283,7 +284,7 @@ def _trace(start, steps):
     return bounds
 
 
-@njit(cache=True)
+@kernel()
 def _splice(few, many, k):
     """A path of k steps from two that are best at the same penalty: the first steps of `few`, the last of `many`."""
     shift = len(many) - 1 - k

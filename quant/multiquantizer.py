@@ -36,15 +36,18 @@ def slot_weight(denoiser, slot, family):
     return slot.part_of(denoiser.get_submodule(slot.module_path).weight.detach()).to(family.dtype)
 
 
-def build(denoiser, family, path, prefix=""):
+def build(denoiser, family, path, prefix="", overwrite=False):
     """Fit all slots, or those of modules in `prefix`, a layer at a time, and write `path`.
 
-    A build that was cut off goes on where its last checkpoint stands.
+    A build that was cut off goes on where its last checkpoint stands. InputError if `path`, or that checkpoint, holds
+    anything but quantizers of these weights, unless it may `overwrite` it.
     """
     slots = find_slots(denoiser, family)
     check_ties(denoiser, slots, family)
     partial = Path(f"{path}.partial")
-    entries = _resume(partial, family)
+    if not overwrite:
+        holds(path, denoiser, family, prefix)
+    entries = _resume(partial, denoiser, slots, family, overwrite)
     keys = [key for key in free_keys(slots) if in_part(slots[key], prefix)]
     # Compiles the kernels, so that the time left is right from the start.
     methods.fit(torch.eye(2, 4, dtype=family.dtype, device=denoiser.device))
@@ -52,6 +55,8 @@ def build(denoiser, family, path, prefix=""):
         _fit_slots(
             denoiser, family, {key: slots[key] for key in keys}, entries, lambda: save(entries, family, partial, prefix)
         )
+        if not overwrite:
+            holds(path, denoiser, family, prefix)  # another build may have put its own there meanwhile
     except BaseException:  # an interrupt too
         save(entries, family, partial, prefix)
         raise
@@ -97,16 +102,65 @@ def check_ties(denoiser, slots, family):
                 )
 
 
-def _resume(partial, family):
+def _resume(partial, denoiser, slots, family, overwrite):
+    """The entries of a build that was cut off; none if there is no such, or its file is damaged."""
     if not partial.exists():
         return {}
     try:
-        entries = _read(load_checkpoint(partial), partial, family)
+        content = load_checkpoint(partial)
     except InputError as reason:
         tqdm.write(f"starting anew: {reason}")
         return {}
+    try:
+        with _ways_out():
+            entries = _own_entries(content, partial, denoiser, slots, family)
+    except InputError:
+        if overwrite:
+            return {}
+        raise
     tqdm.write(f"going on from {partial}: {len(entries)} layers are done")
     return entries
+
+
+def holds(path, denoiser, family, prefix=""):
+    """Whether `path` holds quantizers of all these weights, or those of modules in `prefix`.
+
+    InputError if it holds anything else, the quantizers of other weights above all; nothing, or some of these, is False.
+    """
+    if not Path(path).exists():
+        return False
+    slots = find_slots(denoiser, family)
+    with _ways_out():
+        entries = _own_entries(load_checkpoint(path), path, denoiser, slots, family)
+    return {key for key in free_keys(slots) if in_part(slots[key], prefix)} <= entries.keys()
+
+
+def check_replaceable(path, family):
+    """InputError if a file at `path` is no multiquantizer of the family, whatever its weights."""
+    if Path(path).exists():
+        with _ways_out():
+            _read(load_checkpoint(path), path, family)
+
+
+def _own_entries(content, path, denoiser, slots, family):
+    """The entries of a file's content; InputError unless all were fitted to this denoiser's weights."""
+    entries = _read(content, path, family)
+    foreign = next((key for key in entries if key not in slots), None)
+    if foreign is not None:
+        raise InputError(f"{path}: has {foreign}, which this denoiser has not")
+    misfit = _misfit(entries, denoiser, slots, family)
+    if misfit is not None:
+        raise InputError(f"{path}: made from other weights than this model's (layer {misfit.module_path})")
+    return entries
+
+
+@contextlib.contextmanager
+def _ways_out():
+    """What is wrong with a file that is to be written anew is said together with what to do."""
+    try:
+        yield
+    except InputError as reason:
+        raise InputError(f"{reason}; --overwrite replaces it, --output names another place") from None
 
 
 def save(entries, family, path, prefix=""):
@@ -180,12 +234,20 @@ def check_complete(entries, path, slots):
 
 def check_fits(entries, path, denoiser, slots, family):
     """Raise InputError unless the entries were fitted to exactly this denoiser's weights."""
+    misfit = _misfit(entries, denoiser, slots, family)
+    if misfit is not None:
+        raise InputError(
+            f"{path}: made from other weights than this model's (layer {misfit.module_path}); "
+            f"make its own with `python scripts/{family.name}_multiquantizer.py`"
+        )
+
+
+def _misfit(entries, denoiser, slots, family):
+    """The first slot whose entry was fitted to other weights than the denoiser's; None if there is none."""
     for key, entry in entries.items():
         if key in slots and entry["fingerprint"] != fingerprint(slot_weight(denoiser, slots[key], family)):
-            raise InputError(
-                f"{path}: made from other weights than this model's (layer {slots[key].module_path}); "
-                f"make it anew with `python scripts/{family.name}_multiquantizer.py`"
-            )
+            return slots[key]
+    return None
 
 
 def part_path(path, prefix):
@@ -193,12 +255,15 @@ def part_path(path, prefix):
     return path.with_name(f"{path.stem.removesuffix('_mq')}_{prefix}_mq.pt")
 
 
-def stitch(denoiser, family, path):
+def stitch(denoiser, family, path, overwrite=False):
     """Write `path` from the files of all the family's parts; InputError if they do not make one whole.
 
-    Parts that overlap, miss layers or come from other weights are refused, the file and layer named.
+    Parts that overlap, miss layers or come from other weights are refused, the file and layer named; and so is a file at
+    `path` of anything but these weights, unless it may `overwrite` it.
     """
     slots = find_slots(denoiser, family)
+    if not overwrite:
+        holds(path, denoiser, family)
     entries, origin = {}, {}
     for prefix in family.parts:
         file = part_path(path, prefix)

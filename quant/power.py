@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
 
+from quant.compiled import kernel
+
 
 def _coefficients(function, degree, domain):
     fitted = Chebyshev.interpolate(function, degree, domain)
@@ -43,7 +45,7 @@ def power_2_4(e):
     return e * e * mantissa * root * power
 
 
-@njit(cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+@kernel(fastmath={"contract", "reassoc"}, error_model="numpy")
 def sum_of_powers(errors):
     """Sum of e^2.4 over a float32 array of e >= 0."""
     total = np.float32(0)

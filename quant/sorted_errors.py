@@ -7,9 +7,10 @@ codes are exactly those of `methods.quantize`, whose divisions round to the weig
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from quant import uaq
+from quant.compiled import kernel
 from quant.kmeans import boundaries_of
 from quant.power import sum_of_powers
 from quant.rows import run
@@ -36,7 +37,7 @@ def of_kmeans(rows, centroids):
     return float(out.sum())
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, nogil=True, error_model="numpy")
 def _of_uaq(rows, scales, zero_points, dropped, levels, out):
     for channel in prange(len(rows)):
         row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
@@ -53,7 +54,7 @@ def _of_uaq(rows, scales, zero_points, dropped, levels, out):
         out[channel] = _error(row, starts, levels[channel])
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, nogil=True, error_model="numpy")
 def _of_kmeans(rows, boundaries, levels, out):
     for channel in prange(len(rows)):
         starts = np.zeros(levels.shape[1] + 1, np.int64)
@@ -61,7 +62,7 @@ def _of_kmeans(rows, boundaries, levels, out):
         out[channel] = _error(rows[channel], starts, levels[channel])
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _error(row, starts, levels):
     """Mean |w - w'|^2.4 of a row whose weights from starts[c] on have code c."""
     starts[-1] = len(row)
@@ -72,13 +73,13 @@ def _error(row, starts, levels):
     return sum_of_powers(differences) / np.float32(len(row))
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _code(weight, scale, zero_point, dropped):
     """round(w / scale) + zero point, not clipped, each step rounded to the weights' precision."""
     return _rounded(np.rint(_rounded(weight / scale, dropped)) + zero_point, dropped)
 
 
-@njit(cache=True)
+@kernel()
 def _rounded(value, dropped):
     """A float32 rounded to nearest even without its last `dropped` bits; a half's overflow is left as it is."""
     if dropped == 0:

@@ -1,7 +1,9 @@
 """Files that survive a crash and pickles that cannot run code."""
 
 import contextlib
+import functools
 import io
+import logging
 import os
 import pickle
 import tempfile
@@ -9,29 +11,107 @@ from pathlib import Path
 
 import torch
 
-from errors import InputError, first_line
+from errors import InputError, first_line, system_reason
 
 TEMPORARY = ".tmp"
+PROBE_BYTES = 2**20
+log = logging.getLogger("qua2sedimo")
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that takes the place of `path` once written and synced, or not at all: InputError, naming it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    path, temporary = Path(path), None
     try:
+        _reach(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        with contextlib.suppress(OSError):  # file systems without modes
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as reason:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(reason, OSError):
-            raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there before is kept") from None
-        raise
+        refused = _system_error(reason, temporary)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if refused is None:
+            raise
+        raise InputError(f"{_unwritten(path, refused)}; what was there before is kept") from reason
+
+
+def check_writable(path):
+    """InputError unless a file can be written at `path`: to be told before long work rather than after."""
+    path = Path(path)
+    try:
+        _reach(path)
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as reason:
+        raise InputError(_unwritten(path, reason)) from reason
+
+
+def _reach(path):
+    """Make the folder of `path`; OSError if the path is none that a file can have, as one too long is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.stat()
+
+
+def _unwritten(path, reason):
+    return f"{path}: cannot be written ({system_reason(reason)})"
+
+
+def _system_error(reason, temporary):
+    """The OSError that writing `temporary` failed by; None if it is something else that went wrong.
+
+    Libraries put their own errors in the place of the system's, so a bit more is written to hear it again.
+    """
+    if isinstance(reason, OSError) and reason.errno is not None:
+        return reason
+    if isinstance(reason, Exception) and not isinstance(reason, InputError) and temporary is not None:
+        try:
+            with open(temporary, "ab") as file:
+                file.write(bytes(PROBE_BYTES))
+                os.fsync(file.fileno())
+        except OSError as refused:
+            return refused
+    return reason if isinstance(reason, OSError) else None
+
+
+def _sync_folder(folder):
+    """Make a renaming in `folder` outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cache_folder():
+    """Where computed things are kept between runs: $QUA2SEDIMO_CACHE, else ~/.cache/qua2sedimo.
+
+    Where there is no home, or it cannot be written to, a folder among the temporary files, which is said.
+    """
+    chosen = os.environ.get("QUA2SEDIMO_CACHE")
+    return Path(chosen) if chosen else _own_cache_folder()
+
+
+@functools.cache
+def _own_cache_folder():
+    with contextlib.suppress(RuntimeError, InputError):  # RuntimeError: no home
+        folder = Path.home() / ".cache" / "qua2sedimo"
+        check_writable(folder / "x")
+        return folder
+    user = os.getuid() if hasattr(os, "getuid") else "cache"
+    folder = Path(tempfile.gettempdir()) / f"qua2sedimo-{user}"
+    check_writable(folder / "x")
+    log.warning("there is no home folder to write to: what is computed is kept in %s; set QUA2SEDIMO_CACHE", folder)
+    return folder
 
 
 def remove_leftovers(folder):
@@ -70,6 +150,11 @@ def _check_is_file(path):
 def save_pickle(data, path):
     with atomic_write(path) as file:
         pickle.dump(data, file, protocol=4)
+
+
+def save_text(text, path):
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def load_checkpoint(path):

@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
+from quant.compiled import kernel
 from quant.power import power_2_4
 from quant.rows import run
 
@@ -81,7 +82,7 @@ def fit_rows(rows, bits):
     return {b: (scale[i], zero_point[i]) for i, b in enumerate(bits)}
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, nogil=True, error_model="numpy")
 def _fit_rows(rows, tops, shrinks, out):
     """Scales and zero points out [2, bit widths, C] of ascending rows [C, n]; `tops` are the highest codes."""
     for channel in prange(len(rows)):
@@ -98,7 +99,7 @@ def _fit_rows(rows, tops, shrinks, out):
             out[1, b, channel] = zero_point
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _search(row, low, high, top, shrinks):
     best, best_scale, best_zero = np.float32(np.inf), np.float32(1), np.float32(0)
     for s in range(len(shrinks)):
@@ -110,7 +111,7 @@ def _search(row, low, high, top, shrinks):
     return best_scale, best_zero
 
 
-@njit(cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+@kernel(fastmath={"contract", "reassoc"}, error_model="numpy")
 def _sum_of_errors(row, scale, zero_point, top):
     """Sum of |w - w'|^2.4; codes are truncated from half above them, which differs from rounding only at ties."""
     inverse, shifted = np.float32(1) / scale, zero_point + np.float32(0.5)

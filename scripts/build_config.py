@@ -4,8 +4,7 @@ python scripts/build_config.py --family pixart_alpha --labels predictors/pixart_
 python scripts/build_config.py --family dit --labels none --model_id embedded --avg_bits 4 --output quant_configs/dit_40.pkl
 """
 
-from stages import build_config
-from stages.common import run_main
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_main(build_config.main)
+    run_script("build_config")

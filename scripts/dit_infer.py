@@ -4,8 +4,7 @@ python scripts/dit_infer.py --outdir dit_sample_w4a16 --q_config quant_configs/d
 python scripts/dit_infer.py --outdir dit_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "dit")
+    run_script("infer", "dit")

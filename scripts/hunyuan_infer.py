@@ -4,8 +4,7 @@ python scripts/hunyuan_infer.py --outdir hunyuan_sample_w4a8 --q_config quant_co
 python scripts/hunyuan_infer.py --outdir hunyuan_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "hunyuan")
+    run_script("infer", "hunyuan")

@@ -4,8 +4,7 @@ python scripts/pixart_alpha_infer.py --outdir alpha_sample_w4a8 --q_config quant
 python scripts/pixart_alpha_infer.py --outdir alpha_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "pixart_alpha")
+    run_script("infer", "pixart_alpha")

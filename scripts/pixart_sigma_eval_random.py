@@ -4,8 +4,7 @@ python scripts/pixart_sigma_eval_random.py --outdir sigma_random_seed42
 python scripts/pixart_sigma_eval_random.py --outdir sigma_embedded_random --model_id embedded --num_archs 10 --n_imgs 250
 """
 
-from stages import eval_random
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(eval_random.main, "pixart_sigma")
+    run_script("eval_random", "pixart_sigma")

@@ -4,8 +4,7 @@ python scripts/pixart_sigma_infer.py --outdir sigma_sample_w39a8 --q_config quan
 python scripts/pixart_sigma_infer.py --outdir sigma_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "pixart_sigma")
+    run_script("infer", "pixart_sigma")

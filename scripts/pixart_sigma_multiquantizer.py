@@ -4,8 +4,7 @@ python scripts/pixart_sigma_multiquantizer.py
 python scripts/pixart_sigma_multiquantizer.py --model_id embedded
 """
 
-from stages import multiquantizer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(multiquantizer.main, "pixart_sigma")
+    run_script("multiquantizer", "pixart_sigma")

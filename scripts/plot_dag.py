@@ -4,8 +4,7 @@ python scripts/plot_dag.py --family pixart_alpha
 python scripts/plot_dag.py --family sdxl --block down_blocks.1.resnets.0 --q_config uniform:kmeans-4 --output block.svg
 """
 
-from stages import plot_dag
-from stages.common import run_main
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_main(plot_dag.main)
+    run_script("plot_dag")

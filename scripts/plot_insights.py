@@ -4,8 +4,7 @@ python scripts/plot_insights.py --family pixart_alpha --labels predictors/pixart
 python scripts/plot_insights.py --family dit --labels none --model_id embedded --q_config quant_configs/dit_40.pkl
 """
 
-from stages import plot_insights
-from stages.common import run_main
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_main(plot_insights.main)
+    run_script("plot_insights")

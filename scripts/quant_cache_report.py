@@ -4,8 +4,7 @@ python scripts/quant_cache_report.py alpha_random_seed42
 python scripts/quant_cache_report.py alpha_random_seed42 alpha_random_seed43 --outdir alpha_labels
 """
 
-from stages import report
-from stages.common import run_main
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_main(report.main)
+    run_script("report")

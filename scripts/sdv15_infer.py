@@ -4,8 +4,7 @@ python scripts/sdv15_infer.py --outdir sdv15_sample_w4a16 --q_config quant_confi
 python scripts/sdv15_infer.py --outdir sdv15_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "sdv15")
+    run_script("infer", "sdv15")

@@ -4,8 +4,7 @@ python scripts/sdxl_infer.py --outdir sdxl_sample_w37a16 --q_config quant_config
 python scripts/sdxl_infer.py --outdir sdxl_sample --model_id embedded --q_config uniform:kmeans-4 --n_imgs 10
 """
 
-from stages import infer
-from stages.common import run_stage
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_stage(infer.main, "sdxl")
+    run_script("infer", "sdxl")

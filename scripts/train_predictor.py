@@ -4,8 +4,7 @@ python scripts/train_predictor.py --family pixart_alpha --cache alpha_random_see
 python scripts/train_predictor.py --family dit --cache labels/dit_embedded --loss srcc --output predictors/dit_embedded.pt
 """
 
-from stages import train_predictor
-from stages.common import run_main
+from stages.run import run_script
 
 if __name__ == "__main__":
-    run_main(train_predictor.main)
+    run_script("train_predictor")

@@ -1,13 +1,13 @@
-"""What the three stages share: flags, and the one-line end of a bad run."""
+"""What the three stages share: flags, and the models that they ask for."""
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import logging
 import math
-import sys
-import time
-import warnings
+import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -18,16 +18,12 @@ from models.families import FAMILIES
 from models.lora import open_lora
 from models.pipelines import is_embedded
 from models.single_file import SUFFIXES
+from stages.run import OneLineParser, run_main
 
 log = logging.getLogger("qua2sedimo")
+HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+LONGEST_NAME = 60  # characters of a model's name in a file's
 PRECISIONS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line, as every other bad input is said."""
-
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
 
 
 def parser_for(family, stage, description):
@@ -68,22 +64,33 @@ def add_flag(parser, family, flag, **settings):
 def multiquantizer_of(args, family):
     """Where the multiquantizer of the flags' model stands by default; adapters and another precision are in its name."""
     path = multiquantizer_path(family, args.model_id)
-    changes = [open_lora(each).name for each in args.lora]
+    changes = [f"{lora.name}-{short_hash(lora.key)}" for lora in map(open_lora, args.lora)]
     if family.dtype != FAMILIES[family.name].dtype:
         changes.append(args.dtype)
     return path.with_name("_".join([path.name.removesuffix("_mq.pt"), *changes, "mq.pt"]))
 
 
 def multiquantizer_path(family, model_id):
-    """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own."""
-    if model_id == family.model_id:
+    """Where a model's multiquantizer stands by default: its own name in it unless it is the family's own.
+
+    Of a Hub id that is the id; of a folder or file its name, and a hash of the whole path: the same names stand in many.
+    """
+    if str(model_id) == family.model_id:
         suffix = ""
     elif is_embedded(family, model_id):
         suffix = "_embedded"
+    elif HUB_ID.fullmatch(str(model_id)) and not Path(model_id).exists():
+        suffix = f"_{model_id.replace('/', '--')}"
     else:
-        path = Path(model_id)
-        suffix = f"_{path.stem if path.suffix.lower() in SUFFIXES else path.name}"
+        path = Path(model_id).resolve()
+        name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:LONGEST_NAME]
+        suffix = f"_{readable}-{short_hash(path)}"
     return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
+
+
+def short_hash(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
 def seed(text):
@@ -92,6 +99,15 @@ def seed(text):
     if not 0 <= number < 2**62:
         raise argparse.ArgumentTypeError(f"{number} is not between 0 and 2^62")
     return number
+
+
+def utf8(text):
+    """Type of a flag that is words, which tokenizers read as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8") from None
+    return text
 
 
 def finite(text):
@@ -131,17 +147,3 @@ def check_extra(package, extra, what):
 def run_stage(stage, family_name):
     """Run a stage's `main` for a family as `run_main` has it."""
     run_main(lambda: stage(FAMILIES[family_name]))
-
-
-def run_main(main):
-    """Run a script; bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b")
-    start = time.monotonic()
-    try:
-        main()
-    except (InputError, OSError) as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"stopped after {time.monotonic() - start:.0f} s; the same command goes on", file=sys.stderr)
-        sys.exit(130)

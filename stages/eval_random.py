@@ -10,7 +10,7 @@ from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import is_embedded, pick_device
 from quant import config, multiquantizer
-from quant.storage import remove_leftovers
+from quant.storage import remove_leftovers, save_text
 from stages import halving
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.labeller import Job, make_extractor
@@ -83,7 +83,7 @@ def run(family, args, device, image_prompts):
         finally:
             log.info("where the time went\n%s", "\n".join(watch.table()))
     table = "\n".join(results_table(rows, full_precision))
-    (args.outdir / "results.txt").write_text(table + "\n")
+    save_text(table + "\n", args.outdir / "results.txt")
     log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 

@@ -8,7 +8,7 @@ from evaluation.images import generate, save_png
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
-from stages.common import at_least, in_precision, log, parser_for
+from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.run_folder import make_run_folder, save_settings, start_log
 from stages.sampling import add_sampling_flags, load_for, parse_sampling
 
@@ -60,7 +60,7 @@ def parse_args(family):
             "--cls_id", type=int, nargs="+", help=f"class, or several in turn; default {family.class_ids[0]}"
         )
     else:
-        parser.add_argument("--prompt", nargs="+", help=f"prompt, or several in turn; default '{family.prompt}'")
+        parser.add_argument("--prompt", type=utf8, nargs="+", help=f"prompt, or several in turn; default '{family.prompt}'")
     parser.add_argument("--n_imgs", type=at_least(1), help="number of images; default one per prompt or class")
     parser.add_argument("--quant_act", action="store_true", help="quantize activations too, online and token-wise")
     parser.add_argument("--act_bit", type=int, choices=ACT_BITS, default=ACT_BITS[0], help="their bits, with --quant_act")

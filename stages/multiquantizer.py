@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-from errors import InputError
 from models.lora import open_lora
 from models.pipelines import load_denoiser, pick_device
 from quant import multiquantizer, published
+from quant.storage import check_writable
 from stages.common import in_precision, multiquantizer_of, parser_for
 
 
@@ -14,28 +14,39 @@ def main(family):
     args = parse_args(family)
     family = in_precision(family, args.dtype)
     path = args.output or multiquantizer_of(args, family)
-    path.parent.mkdir(parents=True, exist_ok=True)  # before the long work, in case it fails
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a folder")
+    check_outputs(args, family, path)
     loras = [open_lora(each) for each in args.lora]
     denoiser = load_denoiser(family, args.model_id, pick_device(args.device), loras)
     if args.stitch:
-        stitch(denoiser, family, path)
+        stitch(denoiser, family, path, args.overwrite)
     elif args.prefix:
-        fit(denoiser, family, multiquantizer.part_path(path, args.prefix), args.prefix)
+        fit(denoiser, family, multiquantizer.part_path(path, args.prefix), args.overwrite, args.prefix)
         missing = [prefix for prefix in family.parts if not multiquantizer.part_path(path, prefix).exists()]
         if missing:
             print(f"parts still to fit: --prefix {', '.join(missing)}")
         else:
-            stitch(denoiser, family, path)
+            stitch(denoiser, family, path, args.overwrite)
     else:
-        fit(denoiser, family, path)
+        fit(denoiser, family, path, args.overwrite)
+
+
+def check_outputs(args, family, path):
+    """InputError if what is written cannot be, or would take the place of something else: before the long work."""
+    for each in {path, multiquantizer.part_path(path, args.prefix) if args.prefix else path}:
+        check_writable(each)
+        if not args.overwrite:
+            multiquantizer.check_replaceable(each, family)
 
 
 def parse_args(family):
     parser = parser_for(family, "multiquantizer", "fit all six quantizers of every weight layer")
     parser.add_argument("--res", type=int, help="resolution in pixels; the weights do not depend on it")
     parser.add_argument("--output", type=Path, help=f"file to write; default multiquantizers/{family.name}_mq.pt")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file whatever it holds, the quantizers of other weights too",
+    )
     parser.set_defaults(prefix="", stitch=False)
     if family.parts:
         parser.add_argument("--prefix", choices=family.parts, help="fit this part of the denoiser into a file of its own")
@@ -43,9 +54,12 @@ def parse_args(family):
     return parser.parse_args()
 
 
-def fit(denoiser, family, path, prefix=""):
+def fit(denoiser, family, path, overwrite, prefix=""):
+    if not overwrite and multiquantizer.holds(path, denoiser, family, prefix):
+        print(f"{path}: holds the quantizers of these weights already; --overwrite fits them anew")
+        return
     start = time.monotonic()
-    entries = multiquantizer.build(denoiser, family, path, prefix)
+    entries = multiquantizer.build(denoiser, family, path, prefix, overwrite)
     own_bytes, published_bytes = path.stat().st_size, published.file_bytes(denoiser, family, prefix)
     print(
         f"{path}: {len(entries)} layers fitted in {time.monotonic() - start:.1f} s; {own_bytes:,} bytes, "
@@ -53,6 +67,6 @@ def fit(denoiser, family, path, prefix=""):
     )
 
 
-def stitch(denoiser, family, path):
-    entries = multiquantizer.stitch(denoiser, family, path)
+def stitch(denoiser, family, path, overwrite):
+    entries = multiquantizer.stitch(denoiser, family, path, overwrite)
     print(f"{path}: {len(entries)} layers of {len(family.parts)} parts; {path.stat().st_size:,} bytes")

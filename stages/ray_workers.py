@@ -9,6 +9,7 @@ import collections
 import contextlib
 import logging
 import os
+import secrets
 import socket
 
 import ray
@@ -195,9 +196,7 @@ def value_of(ref):
     try:
         return ray.get(ref)
     except RayTaskError as reason:
-        if isinstance(reason.cause, InputError | OSError):
-            raise reason.cause from None
-        raise
+        raise reason.cause from reason  # whose text is the worker's traceback
 
 
 def connect(args):
@@ -211,11 +210,17 @@ def connect(args):
         check_reachable(args.ray_address)
         if args.ray_address is None:
             cores = max(args.workers, os.cpu_count())
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray keeps one in the home folder
             ray.init("local", num_cpus=cores, include_dashboard=False, **settings)
         else:
             ray.init(args.ray_address, **settings)
     except (OSError, ValueError, RuntimeError) as reason:
-        raise InputError(f"--ray_address {args.ray_address}: no cluster there ({first_line(reason)})") from None
+        where = (
+            "--workers: Ray does not start"
+            if args.ray_address is None
+            else f"--ray_address {args.ray_address}: no cluster there"
+        )
+        raise InputError(f"{where} ({first_line(reason)})") from reason
     there = ray.cluster_resources()
     device = "cuda" if there.get("GPU") and args.device != "cpu" else "cpu"
     if args.device == "cuda" and device == "cpu":

@@ -1,19 +1,17 @@
 """A run's folder: held by one run at a time, with its log and the settings it was started with."""
 
 import contextlib
-import fcntl
 import logging
-import os
-import socket
 import time
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from errors import InputError
 from quant.storage import atomic_write
 from stages.common import log
+from stages.run_lock import locked
 
 
 def make_run_folder(outdir):
@@ -28,22 +26,9 @@ def make_run_folder(outdir):
 
 @contextlib.contextmanager
 def only_run_in(folder):
-    """Hold `folder` for this process; InputError, naming the other, while another run holds it.
-
-    The system lets go of the lock when its process ends, however it ends.
-    """
+    """Hold `folder` for this process; InputError, naming the other, while another run holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"{folder}: {file.read() or 'another process'} is at work here; give another --outdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with locked(folder):
         yield
 
 
@@ -51,26 +36,61 @@ def start_log(folder):
     """Log to the screen and to `run.log` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(folder / "run.log")):
+    file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+    for handler in (logging.StreamHandler(), file):
         handler.setFormatter(formatter)
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
 
 
+class Settings(dict):
+    """The flags that a run was started with, {name: value}; a value is an attribute too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes strings in quotes, unless they are plain words, so that no reader takes one for anything else."""
+
+    def ignore_aliases(self, data):
+        return True
+
+    def represent_text(self, text):
+        style = None if text.isidentifier() else "'" if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def written(args):
+    """The flags as `save_settings` writes them, {name: value}."""
+    return {name: _plain(value) for name, value in vars(args).items()}
+
+
+def _plain(value):
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def save_settings(args, path):
     """Write the run's flags, all of them, as YAML."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     with atomic_write(path) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
+        yaml.dump(written(args), file, _Dumper, encoding="utf-8", allow_unicode=True, sort_keys=False)
 
 
 def read_settings(path):
-    """The flags that a run was started with, as `save_settings` wrote them."""
+    """The flags that a run was started with, as `save_settings` wrote them: data, in which nothing is looked up."""
     try:
-        settings = OmegaConf.load(path)
-    except Exception as reason:  # the YAML reader raises many types
-        settings = type(reason).__name__
-    if not isinstance(settings, DictConfig) or "seed" not in settings:
+        settings = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict) or "seed" not in settings:
         raise InputError(f"{path}: damaged; move it and the labels beside it away, or give another --outdir")
-    return settings
+    return Settings(settings)

@@ -157,7 +157,7 @@ def test_bad_device(name):
 
 def test_every_model_has_its_own_multiquantizer(family):
     names = [multiquantizer_path(family, m).name for m in (family.model_id, "embedded", "facebook/DiT-XL-2-256")]
-    assert names == ["dit_mq.pt", "dit_embedded_mq.pt", "dit_DiT-XL-2-256_mq.pt"]
+    assert names == ["dit_mq.pt", "dit_embedded_mq.pt", "dit_facebook--DiT-XL-2-256_mq.pt"]
 
 
 def test_a_meta_copy_has_the_shapes_alone():

@@ -117,10 +117,7 @@ def test_the_six_scripts_of_a_stage_differ_only_by_family(stage):
         tree = ast.parse((ROOT / "scripts" / f"{name}_{stage}.py").read_text())
         assert FAMILIES[name].title in ast.get_docstring(tree)
         bodies.add(ast.unparse(tree.body[1:]).replace(repr(name), "FAMILY"))
-    assert bodies == {
-        f"from stages import {stage}\nfrom stages.common import run_stage\n"
-        f"if __name__ == '__main__':\n    run_stage({stage}.main, FAMILY)"
-    }
+    assert bodies == {f"from stages.run import run_script\nif __name__ == '__main__':\n    run_script('{stage}', FAMILY)"}
 
 
 def test_scripts_name_two_commands():

@@ -4,13 +4,16 @@ Each kill is a SIGKILL of the run, or, with Ray, of the run or one of its worker
 `KILLS=50 pytest -s tests/stages/test_kills.py` makes more.
 """
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 from conftest import EVAL, script
 
@@ -18,6 +21,7 @@ KILLS = int(os.environ.get("KILLS", 2))
 SEED = int(os.environ.get("KILLS_SEED", 0))
 SMALL_TASKS = ("--batch_size", 2, "--num_archs", 3)  # two tasks per configuration
 RESULTS = ("quant_cache.pkl", "quant_proxies.jsonl", "full_precision.json", "results.txt")
+SLEEP = shutil.which("sleep")
 SECONDS = 8  # that a run takes once its log is begun, about
 
 
@@ -34,26 +38,36 @@ def command_of(mq, folder, workers):
     return script("pixart_alpha_eval_random.py", *EVAL, *SMALL_TASKS, "--multi_chkpt", mq, "--outdir", folder, *more)
 
 
-def workers_alive():
-    """Process numbers of Ray's workers that measure."""
+@pytest.fixture(scope="module")
+def stranger():
+    """Somebody else's worker on this machine, by its name; it must outlive these tests."""
+    with subprocess.Popen(["ray::Worker", "10000"], executable=SLEEP) as process:
+        yield process
+        outlived = process.poll() is None
+        process.kill()
+    assert outlived, "a process that is not of these tests was killed"
+
+
+def workers_alive(run):
+    """Ray's workers that measure for the process `run`: Ray's servers are its children, and workers theirs."""
     found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::Worker"):
-                found.append(int(process.name))
-        except (OSError, ValueError):
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(run.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith("ray::Worker"):  # at work: ray::Worker.measure
+                    found.append(process)
     return found
 
 
-def kill_someone(process, chance):
+def kill_someone(run, chance):
     """SIGKILL for the run, or one of its workers; True if the run itself was hit."""
-    workers = workers_alive()
+    workers = workers_alive(run)
     if workers and chance.random() < 0.5:
-        os.kill(chance.choice(workers), signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            chance.choice(workers).kill()
         return False
-    process.kill()
-    process.wait()
+    run.kill()
+    run.wait()
     return True
 
 
@@ -78,8 +92,21 @@ def run_disturbed(command, folder, chance, kills_left):
         assert process.returncode == -signal.SIGKILL, errors
 
 
+def test_workers_of_others_are_not_picked(stranger):
+    """A worker is told from another's of the same name by the run that it descends from, over two generations."""
+    child = f"import subprocess; subprocess.run(['ray::Worker', '10000'], executable={SLEEP!r})"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent]) as run:
+        while not (workers := workers_alive(run)):
+            time.sleep(0.01)
+        assert len(workers) == 1 and stranger.pid != workers[0].pid
+        for process in psutil.Process(run.pid).children(recursive=True):
+            process.kill()
+    assert stranger.poll() is None and workers_alive(run) == [] and workers_alive(stranger) == []
+
+
 @pytest.mark.parametrize("workers", [None, 2])
-def test_killed_at_any_moment_nothing_is_lost(tmp_path, pixart_mq, workers):
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, pixart_mq, stranger, workers):
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(command_of(pixart_mq, undisturbed, workers), capture_output=True, check=True)
     chance, kills, runs = random.Random(SEED), 0, 0

@@ -1,0 +1,74 @@
+"""Kernels: kept between runs where there is a place, compiled anew where there is none or what is kept is damaged."""
+
+import errno
+import os
+import shutil
+import sys
+
+import numba
+import pytest
+from conftest import ROOT
+from numba.core.caching import IndexDataCacheFile
+from unprivileged import run_unprivileged
+
+from quant.compiled import kernel
+
+
+def twice(x):
+    return 2 * x
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_kernels_are_kept(cache):
+    assert kernel()(twice)(21) == 42
+    assert {path.suffix for path in cache.rglob("*.*")} == {".nbi", ".nbc"}
+    again = kernel()(twice)
+    assert again(21) == 42 and sum(again.stats.cache_hits.values()) == 1
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_file_is_compiled_anew(cache, suffix):
+    assert kernel()(twice)(21) == 42
+    (path,) = cache.rglob(f"*.{suffix}")
+    path.write_bytes(path.read_bytes()[:-20])
+    again, third = kernel()(twice), kernel()(twice)
+    assert again(21) == 42 and not again.stats.cache_hits
+    assert third(21) == 42 and sum(third.stats.cache_hits.values()) == 1  # mended
+
+
+def test_a_kernel_that_cannot_be_kept_works(cache, monkeypatch):
+    def save(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "save", save)
+    assert kernel()(twice)(21) == 42 and not list(cache.rglob("*.nbc"))
+
+
+def test_a_read_only_installation_without_a_home(tmp_path):
+    """All kernels are there and compute, though Numba itself has no place to keep them."""
+    shutil.copytree(ROOT / "quant", tmp_path / "quant", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "errors.py", tmp_path)
+    code = (
+        "import numpy as np\nfrom numba import njit\nimport quant.kmeans, quant.kmeans_cpu, quant.sorted_errors, quant.uaq\n"
+        "from quant.power import sum_of_powers\n"
+        "try:\n  njit(cache=True)(sum_of_powers.py_func)\n"
+        "except RuntimeError as reason:\n  print(reason)\n"
+        "print(sum_of_powers(np.ones(3, np.float32)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    for folder, _, names in os.walk(tmp_path):
+        for name in (*names, ""):
+            os.chmod(os.path.join(folder, name), 0o444 if name else 0o555)
+    environment |= {"HOME": "/dev/null/nowhere", "PYTHONPATH": str(tmp_path)}
+    done = run_unprivileged([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    os.chmod(tmp_path, 0o755)
+    os.chmod(tmp_path / "quant", 0o755)
+    assert done.returncode == 0, done.stderr
+    reason, total = done.stdout.splitlines()
+    assert "no locator available" in reason and float(total) == pytest.approx(3)
+    assert not list(tmp_path.rglob("__pycache__"))
