@@ -27,6 +27,7 @@ def save(path, space, key, told, folds):
     content = {"format": FORMAT, "version": VERSION, "family": space.family, "key": key, "told": told}
     content["weights"] = [keys[0] for keys in space.keys]
     content |= {name: torch.from_numpy(getattr(space, name)) for name in ARRAYS}
+    content["precision_bits"] = space.precision_bits
     content["folds"] = {number: fold._asdict() for number, fold in folds.items()}
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -53,7 +54,8 @@ def load(path, family):
     graph, keys = spaces.graph_and_keys(family)
     if [each[0] for each in keys] != content["weights"]:
         raise InputError(f"{path}: was trained on another graph of {family}; train it again with train_predictor.py")
-    space = spaces.SearchSpace(family, graph, keys, *(content[name].numpy() for name in ARRAYS))
+    arrays = (content[name].numpy() for name in ARRAYS)
+    space = spaces.SearchSpace(family, graph, keys, *arrays, content.get("precision_bits"))
     return space, [content["folds"][number]["state"] for number in range(FOLDS)], content["told"]
 
 

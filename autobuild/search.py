@@ -57,10 +57,7 @@ def best_within(space, parts, avg_bits):
     InputError if even the smallest configuration has more. Variants that another of their part beats in score at no
     more bytes are left out first; a mixed-integer solver (HiGHS) takes one of the rest for each part.
     """
-    spare = space.limit_bytes(avg_bits) - sum(part.sizes.min() for part in parts)
-    if spare < 0:
-        smallest = avg_bits * (1 - spare / space.limit_bytes(avg_bits))
-        raise InputError(f"--avg_bits {avg_bits:g}: the smallest configuration of {space.family} has {smallest:.3f}")
+    spare = spare_bytes(space, avg_bits, sum(part.sizes.min() for part in parts))
     kept = [undominated(part) for part in parts]
     chosen = _solve(
         [part.scores[each] - part.scores.max() for part, each in zip(parts, kept, strict=True)],
@@ -71,6 +68,15 @@ def best_within(space, parts, avg_bits):
     for part, each, variant in zip(parts, kept, chosen, strict=True):
         codes[part.weights] = part.codes[each[variant]]
     return codes
+
+
+def spare_bytes(space, avg_bits, smallest_bytes):
+    """Bytes that a limit leaves above the smallest configuration; InputError if that has more average bits."""
+    limit_bytes = space.limit_bytes(avg_bits)
+    if smallest_bytes > limit_bytes:
+        smallest = smallest_bytes / space.bit_bytes
+        raise InputError(f"--avg_bits {avg_bits:g}: the smallest configuration of {space.family} has {smallest:.3f}")
+    return limit_bytes - smallest_bytes
 
 
 def shortest_sum(space, shifts, codes, avg_bits):

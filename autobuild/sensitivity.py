@@ -1,12 +1,13 @@
 """Sensitivity without labels: how far a denoiser's output moves when one weight alone takes a method.
 
-For those who have hours, not weeks. A few images are drawn in full precision; what the denoiser was asked at some of
-their steps is asked again with each weight under each method, and the shift of its guided output taken. Shifts are
-small, so those of several weights add up, to first order: not their squares but they themselves. Where weights push the
-output the same way it goes far, where they push against one another it stays. The best configuration is the one whose
-shifts have the shortest sum.
+For those who have hours, not weeks. A few images are brought from noise to latents in full precision; what the denoiser
+was asked at some of their steps is asked again with each weight under each method, and the shift of its guided output
+taken. Shifts are small, so those of several weights add up, to first order: not their squares but they themselves. Where
+weights push the output the same way it goes far, where they push against one another it stays. The best configuration is
+the one whose shifts have the shortest sum.
 """
 
+import contextlib
 import functools
 import inspect
 from typing import NamedTuple
@@ -14,97 +15,226 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evaluation.images import noise_generators
-from models.inputs import map_tensors
+from errors import InputError
+from evaluation.images import in_batches, noise_generators
+from models.inputs import Taken, map_tensors
 
 SKETCH = 8192  # numbers that a shift is kept as
 
 
 class Call(NamedTuple):
-    """One call of the denoiser in a pipeline, and what became of its output, of N images."""
+    """One call of the denoiser in a pipeline, and what became of its output, of N images; on the CPU."""
 
     arguments: dict
     output: torch.Tensor  # [copies * N, C', h, w]; guidance asks for two copies of each image
     guided: torch.Tensor  # [N, C, h, w] what the sampler was given; channels of C' beyond C tell the variance
 
 
+class Recording(NamedTuple):
+    """The calls at some steps on the way of some images."""
+
+    steps: list  # of each step the calls, one for the images that were drawn together
+    lengths: dict  # of the arguments' tensors in a call for one image
+    device: torch.device  # of the denoiser
+
+
 @torch.no_grad()
 def record_calls(sampler, prompts, settings, count):
-    """The denoiser's calls at `count` steps, evenly spaced, of the prompts' way from noise to images."""
+    """The denoiser's calls at `count` steps, evenly spaced, of the prompts' way from noise to latents.
+
+    `settings` has seed, steps, guidance, res, batch_size and, if it likes, hand_over, the share of the steps before a
+    refiner's. Nothing is decoded, and nothing drawn beyond the last of those steps.
+    """
+    calls, lengths, device = rehearse(sampler, prompts[0], settings)
+    chosen = np.unique(np.linspace(0, calls - 1, count).round().astype(int)).tolist()
+    take = functools.partial(take_calls, sampler, prompts, settings, chosen)
+    batches = list(in_batches(take, range(len(prompts)), settings))
+    return Recording(list(zip(*batches, strict=True)), lengths, device)
+
+
+def rehearse(sampler, prompt, settings):
+    """(number of the denoiser's calls on an image's way, lengths of their arguments, device of their outputs).
+
+    The denoiser is asked once, and its answer taken for all later ones. InputError if calls and steps do not alternate.
+    """
+    heard, found = [], []
+
+    def on_call(arguments, output):
+        heard.append("call")
+        found.append((map_tensors(_length, arguments), output.device))
+
+    with answering_once(sampler.denoiser), overheard(sampler, on_call, lambda _: heard.append("step")):
+        draw(sampler, [prompt], range(1), settings)
+    calls = len(heard) // 2
+    if heard != ["call", "step"] * calls:
+        name = type(sampler.pipeline).__name__
+        raise InputError(
+            f"{name}: asks its denoiser {heard.count('call')} times in {heard.count('step')} steps of its sampler, not once "
+            "in each, so that it cannot be asked without labels; label configurations with *_eval_random.py"
+        )
+    return calls, *found[0]
+
+
+def take_calls(sampler, prompts, settings, chosen, indices):
+    """The calls with the numbers `chosen` on the way of the prompts with the numbers `indices`."""
+    calls, number = [], -1
+
+    def on_call(arguments, output):
+        nonlocal number
+        number += 1
+        if number in chosen:
+            calls.append(Call(map_tensors(_kept, arguments), _kept(output), None))
+
+    def on_step(guided):
+        if number in chosen:
+            calls[-1] = calls[-1]._replace(guided=_kept(guided[: len(indices)]))
+        if number == chosen[-1]:
+            raise Taken
+
+    with overheard(sampler, on_call, on_step):
+        draw(sampler, prompts[indices.start : indices.stop], indices, settings)
+    return calls
+
+
+def draw(sampler, prompts, indices, settings):
+    """Take the pipeline through its steps from noise to latents, of the images with the numbers `indices`."""
+    call = sampler.arguments(prompts, settings.res)
+    call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "output_type": "latent"}
+    if getattr(settings, "hand_over", None):
+        call["denoising_end"] = settings.hand_over
+    vae = sampler.pipeline.vae
+    decode = vae.decode
+    vae.decode = _stop  # some pipelines decode whatever they are asked for
+    try:
+        sampler.pipeline(**call, generator=noise_generators(settings.seed, indices))
+    except Taken:
+        pass
+    finally:
+        vae.decode = decode
+
+
+def _stop(*_args, **_kwargs):
+    raise Taken
+
+
+def _length(tensor):
+    return len(tensor) if tensor.ndim else 0
+
+
+def _kept(tensor):
+    return tensor.detach().to("cpu", copy=True)
+
+
+@contextlib.contextmanager
+def overheard(sampler, on_call, on_step):
+    """Hear what the pipeline asks: on_call(arguments, output) of its denoiser, on_step(model output) of its sampler."""
     denoiser, scheduler = sampler.denoiser, sampler.pipeline.scheduler
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    asked, guided = [], []
     step = scheduler.step
 
-    def asking(_module, positional, named, output):
-        arguments = dict(zip(names, positional, strict=False)) | named
-        asked.append((map_tensors(torch.clone, arguments), output[0].clone()))
+    def called(_module, positional, named, output):
+        on_call(dict(zip(names, positional, strict=False)) | named, output[0])
 
     @functools.wraps(step)
     def stepping(model_output, *args, **kwargs):
-        if len(guided) < len(asked):  # a refiner may step by the same sampler
-            guided.append(model_output[: len(prompts)].clone())
+        on_step(model_output)
         return step(model_output, *args, **kwargs)
 
-    handle = denoiser.register_forward_hook(asking, with_kwargs=True)
+    handle = denoiser.register_forward_hook(called, with_kwargs=True)
     scheduler.step = stepping
     try:
-        generators = noise_generators(settings.seed, range(len(prompts)))
-        sampler.images(prompts, generators, settings.steps, settings.guidance, settings.res)
+        yield
     finally:
         handle.remove()
         del scheduler.step
-    calls = [Call(*question, answer) for question, answer in zip(asked, guided, strict=True)]
-    return [calls[place] for place in np.unique(np.linspace(0, len(calls) - 1, count).round().astype(int))]
+
+
+@contextlib.contextmanager
+def answering_once(denoiser):
+    """The denoiser computes its first answer and gives the same ever after."""
+    before = vars(denoiser).get("forward")  # hooks of other libraries stand there
+    denoiser.forward = functools.wraps(denoiser.forward)(_once(denoiser.forward))
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        if before is not None:
+            denoiser.forward = before
+
+
+def _once(function):
+    answers = []
+
+    def first_answer(*args, **kwargs):
+        if not answers:
+            answers.append(function(*args, **kwargs))
+        return answers[0]
+
+    return first_answer
 
 
 class Probe:
-    """Asks a denoiser the same again and tells how its guided output has shifted; `together` calls at a time."""
+    """Asks a denoiser the same again, `settings.batch_size` images at a time: tells how its guided output has shifted."""
 
-    def __init__(self, denoiser, calls, together):
-        self.denoiser = denoiser
-        self.groups = [calls[first : first + together] for first in range(0, len(calls), together)]
-        self.arguments = [merged([call.arguments for call in group], len(group[0].output)) for group in self.groups]
-        self.guidance = [guidance_weights(call) for call in calls]
-        self.before = [after for place in range(len(self.groups)) for after in self._ask(place)]
-        self.norm = torch.cat([each.flatten() for each in self.before]).norm()
-        self.sketch = Sketch(sum(each.numel() for each in self.before), self.norm.device)
+    def __init__(self, denoiser, recording, settings):
+        self.denoiser, self.recording, self.settings = denoiser, recording, settings
+        self.guidance = [guidance_weights(calls) for calls in recording.steps]
+        self.together = None  # images that `before` was asked with
+        self._ask_before()
+
+    def shift(self, put, method):
+        """(change, shift) of the guided output by `put(method)`; `put(None)` puts full precision back.
+
+        The shift is in units of the output's norm, and is a sketch; the change is its exact squared norm. Both sides are
+        asked with equally many images at a time, for kernels round differently: where memory runs out, both anew.
+        """
+        put(method)
+        after = self._ask()
+        if self.settings.batch_size != self.together:
+            put(None)
+            self._ask_before()
+            return self.shift(put, method)
+        shifts = (after - self.before) / self.before.norm()
+        return float(shifts.double().square().sum()), sketch(shifts)
+
+    def _ask_before(self):
+        while self.together != self.settings.batch_size:  # it may be halved meanwhile
+            self.together = self.settings.batch_size
+            self.before = self._ask()
 
     @torch.no_grad()
-    def shift(self):
-        """(change, shift): the shift of the guided output over its norm at first, as a sketch; its exact squared norm."""
-        after = [each for place in range(len(self.groups)) for each in self._ask(place)]
-        shifts = torch.cat([(now - then).flatten() for now, then in zip(after, self.before, strict=True)]) / self.norm
-        return float(shifts.double().square().sum()), self.sketch(shifts).cpu()
+    def _ask(self):
+        """The guided outputs at all steps of all images, one after another, as float32 numbers [K] on the CPU."""
+        answers = []
+        for calls, weights in zip(self.recording.steps, self.guidance, strict=True):
+            for call in calls:
+                answer = functools.partial(self._answer, call, weights)
+                answers += in_batches(answer, range(len(call.guided)), self.settings)
+        return torch.cat(answers)
 
-    @torch.no_grad()
-    def _ask(self, place):
-        """Guided outputs [N, C, h, w] of a group's calls."""
-        group = self.groups[place]
-        outputs = self.denoiser(**self.arguments[place])[0].chunk(len(group))
-        first = sum(len(each) for each in self.groups[:place])
-        return [
-            torch.einsum("k,k...->...", self.guidance[first + number], copies(output, call.guided))
-            for number, (output, call) in enumerate(zip(outputs, group, strict=True))
-        ]
+    def _answer(self, call, weights, indices):
+        """Guided outputs of some of a call's images, one after another."""
+        lengths, device = self.recording.lengths, self.recording.device
+        arguments = rows_of(call.arguments, lengths, len(call.guided), indices)
+        output = self.denoiser(**map_tensors(lambda tensor: tensor.to(device), arguments))[0].cpu()
+        return torch.einsum("k,k...->...", weights, copies(output, call.guided[: len(indices)])).flatten()
 
 
-class Sketch:
-    """Brings a vector down to SKETCH numbers by a linear map that about keeps inner products: each number goes to a place
+def sketch(vector):
+    """A vector brought down to SKETCH numbers by a linear map that about keeps inner products: each number goes to a place
     and with a sign drawn at random (Charikar et al., 2002). Vectors no longer than that are kept as they are.
     """
+    if len(vector) <= SKETCH:
+        return vector
+    places, signs = _places_and_signs(len(vector))
+    return vector.new_zeros(SKETCH).index_add_(0, places, vector * signs)
 
-    def __init__(self, length, device):
-        self.length = length
-        if length > SKETCH:
-            generator = torch.Generator().manual_seed(0)
-            self.places = torch.randint(SKETCH, (length,), generator=generator).to(device)
-            self.signs = (torch.randint(2, (length,), generator=generator) * 2 - 1).to(device, torch.float32)
 
-    def __call__(self, vector):
-        if self.length <= SKETCH:
-            return vector
-        return vector.new_zeros(SKETCH).index_add_(0, self.places, vector * self.signs)
+@functools.lru_cache(maxsize=1)
+def _places_and_signs(length):
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(SKETCH, (length,), generator=generator)
+    return places, (torch.randint(2, (length,), generator=generator) * 2 - 1).float()
 
 
 def copies(output, guided):
@@ -112,24 +242,24 @@ def copies(output, guided):
     return output.float().view(-1, len(guided), *output.shape[1:])[:, :, : guided.shape[1]]
 
 
-def guidance_weights(call):
-    """How the pipeline weights the copies of an image: guidance is a linear combination of them. By least squares."""
-    known = copies(call.output, call.guided).flatten(1).double().cpu()
-    weights = torch.linalg.lstsq(known.T, call.guided.flatten().double().cpu()[:, None]).solution[:, 0]
-    return weights.to(call.output.device, torch.float32)
+def guidance_weights(calls):
+    """How the pipeline weights the copies of an image at a step: guidance is a linear combination. By least squares."""
+    known = torch.cat([copies(call.output, call.guided).flatten(1) for call in calls], dim=1).double()
+    guided = torch.cat([call.guided.flatten() for call in calls]).double()
+    return torch.linalg.lstsq(known.T, guided[:, None]).solution[:, 0].float()
 
 
-def merged(arguments, count):
-    """The arguments of several calls of `count` rows each as those of one."""
-    first = arguments[0]
-    if isinstance(first, dict):
-        return {name: merged([each[name] for each in arguments], count) for name in first}
-    if isinstance(first, list | tuple):
-        return type(first)(merged(list(each), count) for each in zip(*arguments, strict=True))
-    if not isinstance(first, torch.Tensor):
-        return first
-    if first.ndim == 0:  # a timestep
-        return torch.stack(arguments).repeat_interleave(count)
-    if len(first) in (1, count):
-        return torch.cat([each.expand(count, *each.shape[1:]) for each in arguments])
-    return first  # the same for every image, such as rotary embeddings
+def rows_of(arguments, lengths, count, indices):
+    """The arguments of a call for `count` images as those of a call for some of them.
+
+    Tensors as long as in a call for one image, whose `lengths` are given, are the same for all images, such as rotary
+    embeddings; the others hold the images in turn, as often as there are copies of them.
+    """
+    if isinstance(arguments, dict):
+        return {name: rows_of(value, lengths[name], count, indices) for name, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        pairs = zip(arguments, lengths, strict=True)
+        return type(arguments)(rows_of(value, length, count, indices) for value, length in pairs)
+    if not isinstance(arguments, torch.Tensor) or _length(arguments) == lengths:
+        return arguments
+    return arguments.unflatten(0, (lengths, count))[:, indices.start : indices.stop].flatten(0, 1)

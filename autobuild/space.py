@@ -4,10 +4,12 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from autobuild import graph
 from errors import InputError
 from models.families import FAMILIES
+from quant import multiquantizer
 from quant.methods import METHODS, fp_size_bytes, quantized_size_bytes
 
 NAMES = tuple(METHODS)  # a method's code is its place here
@@ -24,6 +26,7 @@ class SearchSpace:
     fp_bytes: np.ndarray  # [W] of all its keys
     size_bytes: np.ndarray  # [W, M] quantized, with overhead, of all its keys
     errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method
+    precision_bits: int | None = None  # of the float weights; None is the family's own
 
     @functools.cached_property
     def place(self):
@@ -48,14 +51,23 @@ class SearchSpace:
         """Method codes [W] of a configuration {key: method}."""
         return np.array([NUMBER[configuration[keys[0]]] for keys in self.keys])
 
+    @property
+    def bit_bytes(self):
+        """Bytes of all weights together at one bit each."""
+        return self.fp_bytes.sum() / (self.precision_bits or FAMILIES[self.family].precision_bits)
+
+    @property
+    def smallest_bytes(self):
+        """Bytes of the smallest configuration of known methods."""
+        return np.nanmin(self.size_bytes, axis=1).sum()
+
     def avg_bits(self, codes):
         """Average bits of configurations, codes [..., W]."""
-        quantized = self.size_bytes[np.arange(len(self.keys)), codes].sum(axis=-1)
-        return FAMILIES[self.family].precision_bits * quantized / self.fp_bytes.sum()
+        return self.size_bytes[np.arange(len(self.keys)), codes].sum(axis=-1) / self.bit_bytes
 
     def limit_bytes(self, avg_bits):
         """Bytes that all weights together may take."""
-        return avg_bits * self.fp_bytes.sum() / FAMILIES[self.family].precision_bits
+        return avg_bits * self.bit_bytes
 
     def configuration(self, codes):
         """{key: method} of one configuration, codes [W]."""
@@ -75,22 +87,33 @@ def of_rows(family, rows, name="labels"):
             fp_bytes[place] = full * len(each)
             size_bytes[place, code] = row["config"][each[0]][2] * len(each)
             errors[place, code] = error
-    return SearchSpace(family, drawn, keys, fp_bytes, size_bytes, errors)
+    return SearchSpace(family, drawn, keys, fp_bytes, size_bytes, errors, precision_of(rows[0]))
 
 
-def of_multiquantizer(family, slots, entries):
-    """The space of a denoiser whose methods are all fitted, as `multiquantizer.load` has it."""
-    drawn, keys = graph_and_keys(family)
-    bits = FAMILIES[family].precision_bits
-    shapes = [slots[each[0]].shape for each in keys]
+def precision_of(row):
+    """Bits of the float weights that a labelled row counts in."""
+    full, quantized = (sum(value[place] for value in row["config"].values()) for place in (1, 2))
+    return round(row["avg_bits"] * full / quantized)
+
+
+def of_multiquantizer(family, entries, name="multiquantizer"):
+    """The space of a denoiser whose methods are all fitted, of a multiquantizer's entries.
+
+    InputError, with the file's `name`, if they are not of the family's layers.
+    """
+    drawn, keys = graph_and_keys(family.name)
+    multiquantizer.check_complete(entries, name, graph.slots_of_family(family.name)[1])
+    bits = family.precision_bits
+    shapes = [torch.Size(entries[each[0]]["shape"]) for each in keys]
     counts = np.array([len(each) for each in keys])
     return SearchSpace(
-        family,
+        family.name,
         drawn,
         keys,
         counts * [fp_size_bytes(shape, bits) for shape in shapes],
         counts[:, None] * [[quantized_size_bytes(name, shape, bits) for name in NAMES] for shape in shapes],
         np.array([[entries[each[0]]["errors"][name] for name in NAMES] for each in keys]),
+        bits,
     )
 
 

@@ -21,6 +21,7 @@ from autobuild.predictor import GraphTensors, Predictor
 from autobuild.scores import LearnedScores
 from benchmarks.machine import peak_memory, write_result
 from models.families import FAMILIES
+from models.layers import free_keys
 
 EPOCHS, SEED = 40, 42
 NOTED = 16  # configurations that an untrained predictor's subgraphs are standardized over
@@ -66,8 +67,11 @@ def space_of(family):
     """A family's search space, its errors made up."""
     _, slots = spaces.graph.slots_of_family(family)
     rng = np.random.default_rng(SEED)
-    entries = {key: {"errors": {name: np.exp(rng.normal()) for name in spaces.NAMES}} for key in slots}
-    return spaces.of_multiquantizer(family, slots, entries)
+    entries = {
+        key: {"shape": slots[key].shape, "errors": {name: np.exp(rng.normal()) for name in spaces.NAMES}}
+        for key in free_keys(slots)
+    }
+    return spaces.of_multiquantizer(FAMILIES[family], entries)
 
 
 def random_codes(space, count):

@@ -31,7 +31,7 @@ def main():
     args = parse_args()
     family = FAMILIES[args.family]
     slots, entries = multiquantizer.load(args.multi_chkpt, load_denoiser(family, "embedded", pick_device("cpu")), family)
-    space = spaces.of_multiquantizer(family.name, slots, entries)
+    space = spaces.of_multiquantizer(family, entries)
     chosen = {(None, f"uniform {name}"): f"uniform:{name}" for name in spaces.NAMES}
     for bits in args.avg_bits:
         chosen |= at_size(args, space, slots, bits)

@@ -38,15 +38,18 @@ def job_of(args, folder):
         **{"steps": row.steps, "guidance": row.label_guidance, "res": None if family.num_classes else row.resolution},
         **{"a_l": 0.0, "a_u": 1.0, "published_noise": False, "keep_samples": False, "clip_score": False},
         **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None, "device": None, "q_config": []},
+        **{"scheduler": None, "negative_prompt": None, "vae_tiling": None, "offload": "none", "budget_images": []},
+        **{"dtype": None, "lora": [], "lora_key": None, "num_classes": row.num_classes if family.num_classes else 0},
     )
     return Job(args.family, flags, prompts_for(flags, family))
 
 
 def label_ours(job, device, reference):
     """FIDs of full precision and the configurations; all seconds, and those of the denoiser among them."""
-    workers = ThisProcess(job, device, make_extractor(job, device), StoredPrompts(job))
-    denoiser, watch = workers.labeller.sampler.denoiser, Stopwatch(device)
-    encoding = workers.labeller.watch.take().get("encode", 0.0)
+    watch = Stopwatch(device)
+    workers = ThisProcess(job, device, make_extractor(job, device), StoredPrompts(job), watch)
+    denoiser = workers.labeller.sampler.denoiser
+    encoding = watch.take().get("encode", 0.0)
     denoiser.forward = workers.labeller.watch.timed("denoiser", denoiser.forward)
     start = time.perf_counter()
     labelling = Labelling(job, workers, reference, watch)

@@ -54,21 +54,33 @@ def generate_batches(sampler, prompts, settings, name, first=0, last=None, show=
     its batch_size is halved for good.
     """
     last = len(prompts) if last is None else last
+
+    def draw(indices):
+        generators = noise_generators(settings.seed, indices, getattr(settings, "published_noise", False))
+        batch = prompts[indices.start : indices.stop]
+        images, latents = sampler.draw(batch, generators, settings.steps, settings.guidance, settings.res)
+        broken = ~np.isfinite(images).all(axis=(1, 2, 3))
+        images = (np.where(broken[:, None, None, None], 0, images) * 255).round().astype(np.uint8)
+        return Batch(indices, images, latents, broken)
+
     with tqdm(total=last - first, desc=name, unit="img", leave=False, disable=not show) as progress:
-        while first < last:
-            indices = range(first, min(first + settings.batch_size, last))
-            generators = noise_generators(settings.seed, indices, getattr(settings, "published_noise", False))
-            batch = prompts[indices.start : indices.stop]
-            try:
-                images, latents = sampler.draw(batch, generators, settings.steps, settings.guidance, settings.res)
-            except (RuntimeError, MemoryError) as reason:
-                halve_batch(settings, reason)
-                continue
-            broken = ~np.isfinite(images).all(axis=(1, 2, 3))
-            images = (np.where(broken[:, None, None, None], 0, images) * 255).round().astype(np.uint8)
-            yield Batch(indices, images, latents, broken)
-            first = indices.stop
-            progress.update(len(indices))
+        for batch in in_batches(draw, range(first, last), settings):
+            yield batch
+            progress.update(len(batch.indices))
+
+
+def in_batches(make, numbers, settings):
+    """Yield `make` of `settings.batch_size` numbers of a range at a time; where memory runs out it is halved for good."""
+    first = numbers.start
+    while first < numbers.stop:
+        batch = range(first, min(first + settings.batch_size, numbers.stop))
+        try:
+            made = make(batch)
+        except (RuntimeError, MemoryError) as reason:
+            halve_batch(settings, reason)
+            continue
+        yield made
+        first = batch.stop
 
 
 def generate(sampler, prompts, settings, name):

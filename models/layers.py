@@ -31,6 +31,13 @@ def key_of(name, part=0):
     return f"model.{name}.weight_quantizer" + ("_0" if part else "")
 
 
+def tied_key(key, family):
+    """Key of the slot whose weights the slot of `key` shares; its own if none."""
+    path = key.removeprefix("model.").removesuffix(".weight_quantizer")
+    shared = _shared_path(path, family)
+    return key if shared == path else key_of(shared)
+
+
 def find_slots(denoiser, family):
     """The denoiser's slots {key: WeightSlot}, in module order. Works on the meta device."""
     names = KEY_NAMES[family.key_names](denoiser)

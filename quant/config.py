@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from errors import InputError
-from models.layers import free_keys
+from models.layers import WeightSlot, free_keys, tied_key
 from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
 from quant.storage import load_pickle, save_pickle
 
@@ -78,6 +79,27 @@ def load(spec, slots):
         configuration = expand_ties(_from_file(spec), slots)
     check(configuration, slots, spec)
     return configuration
+
+
+def check_file(spec, entries, family):
+    """InputError if `load` is going to refuse what `spec` names for the denoiser of a multiquantizer's entries.
+
+    They have all of its slots but those that share others' weights. None, where only weights tell them, are not asked.
+    """
+    spec = str(spec)
+    if spec.startswith(UNIFORM):
+        slots = _slots(entries or ["every weight"])
+        return check(uniform(slots, spec.removeprefix(UNIFORM)), slots, spec)
+    configuration = _from_file(spec)
+    slots = _slots(configuration if entries is None else entries)
+    ties = {key: tied_key(key, family) for key in configuration if key not in slots}
+    slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
+    return check(expand_ties(configuration, slots), slots, spec)
+
+
+def _slots(keys):
+    """{key: slot} of weights of which nothing but the key is known."""
+    return {key: WeightSlot(key, "", torch.Size(), key) for key in keys}
 
 
 def spec_key(spec):

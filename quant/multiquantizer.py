@@ -206,6 +206,13 @@ def load(path, denoiser, family):
     return slots, entries
 
 
+def read(path, family):
+    """The entries in a file, of whatever weights; None of the published format, which needs the weights to be read."""
+    check_exists(path, family)
+    content = load_checkpoint(path, lazily=True)
+    return None if published.is_published(content) else _read(content, path, family)
+
+
 def check_exists(path, family):
     if not Path(path).is_file():
         raise InputError(

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -114,6 +115,18 @@ def _own_cache_folder():
     return folder
 
 
+def check_writable(path):
+    """InputError unless a file can be written at `path`: told before the work that is to be kept there."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as reason:
+        raise InputError(f"{path}: cannot be written ({reason.strerror})") from None
+
+
 def remove_leftovers(folder):
     """Delete what writers that were killed have left below `folder`, where nothing else is writing."""
     for path in Path(folder).rglob(f".*{TEMPORARY}"):
@@ -157,11 +170,14 @@ def save_text(text, path):
         file.write(text.encode())
 
 
-def load_checkpoint(path):
-    """The tensors, numbers and strings in the torch file at `path`; never runs code from it."""
+def load_checkpoint(path, lazily=False):
+    """The tensors, numbers and strings in the torch file at `path`; never runs code from it.
+
+    `lazily` reads tensors when they are used.
+    """
     _check_is_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(f"{path}: not a readable checkpoint of tensors, numbers and strings alone") from None
     except Exception as reason:  # truncated archives raise many types

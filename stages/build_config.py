@@ -5,6 +5,7 @@ from pathlib import Path
 
 from errors import InputError
 from quant import config
+from quant.storage import check_writable
 from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 
@@ -14,7 +15,8 @@ def main():
     check_extra("torch_geometric", "autobuild", "build_config.py needs PyTorch Geometric")
     from autobuild import search
 
-    scores = load_scores(args, family)
+    check_writable(args.output)
+    scores = load_scores(args, family, args.avg_bits)
     if args.choice == "top1":
         codes = search.top_one(scores.space, scores.published_parts())
     else:

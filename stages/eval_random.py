@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 import constants
 from errors import InputError
-from evaluation import fid, prompts
-from evaluation.clip_score import CLIP_MODEL
+from evaluation import fid, prompts, quant_cache
+from evaluation.clip_score import CLIP_MODEL, ClipScore
 from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import is_embedded, pick_device
@@ -13,16 +15,17 @@ from quant import config, multiquantizer
 from quant.storage import remove_leftovers, save_text
 from stages import halving
 from stages.common import at_least, in_precision, log, parser_for, share
+from stages.forecast import check_disk
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
+from stages.library_notes import Once, into_run_log, library_notes
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
-from stages.sampling import add_sampling_flags, parse_sampling
-from stages.workers import start_workers
+from stages.sampling import add_sampling_flags, check_offload, check_sampling, parse_sampling
+from stages.workers import needs_ray, start_workers
 
-# A label depends on these flags; a run goes on only with the same ones.
-LABEL_FLAGS = (
+# What images depend on.
+IMAGE_FLAGS = (
     "model_id",
-    "refiner_id",
     "seed",
     "n_imgs",
     "prompts_key",  # the prompts, or class numbers, themselves
@@ -31,9 +34,15 @@ LABEL_FLAGS = (
     "guidance",
     "scheduler",
     "negative_prompt",
-    "vae_tiling",
     "dtype",
     "lora_key",  # scale and content of each --lora
+    "multiquantizer_key",  # what is in the file of --multi_chkpt
+)
+# A label depends on these flags; a run goes on only with the same ones.
+LABEL_FLAGS = (
+    *IMAGE_FLAGS,
+    "refiner_id",
+    "vae_tiling",
     "clip_score",
     "clip_model",
     "a_l",
@@ -42,7 +51,6 @@ LABEL_FLAGS = (
     "chosen_key",  # what --q_config names
     "halving_key",  # --budget_images, and among how many configurations
     "reference_key",  # what is in the folder of --reference
-    "multiquantizer_key",  # what is in the file of --multi_chkpt
 )
 
 
@@ -50,6 +58,7 @@ def main(family):
     args = parse_args(family)
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
+    check_first(args, family, device)
     if args.reference is None:
         embedded = is_embedded(family, args.model_id)
         args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
@@ -63,11 +72,35 @@ def main(family):
         run(family, args, device, image_prompts)
 
 
+def check_first(args, family, device):
+    """InputError for what flags and small files tell to be wrong, before anything large is read."""
+    needs_ray(args)
+    check_sampling(args, family)
+    check_offload(args, device)
+    entries = multiquantizer.read(args.multi_chkpt, family)
+    for spec in args.q_config:
+        config.check_file(spec, entries, family)
+    if args.clip_score:
+        ClipScore(args.clip_model, torch.device("cpu"))
+
+
 def run(family, args, device, image_prompts):
     settings = args.outdir / "sampling_config.yaml"
     check_same_run(args, settings)
     start_log(args.outdir)
-    job = Job(family.name, args, image_prompts)
+    check_disk(args, family, device)
+    notes = Once(into_run_log)
+    with library_notes(notes):
+        rows, full_precision = label(args, settings, Job(family.name, args, image_prompts), device)
+    table = "\n".join(results_table(rows, full_precision))
+    save_text(table + "\n", args.outdir / "results.txt")
+    if notes.said:
+        log.info("warnings of libraries: %d, in %s", len(notes.said), args.outdir / "run.log")
+    log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
+
+
+def label(args, settings, job, device):
+    """(rows of all configurations, full precision's)."""
     # The reference first, in case it fails.
     extractor = make_extractor(job, device)
     reference = fid.reference_statistics(args.reference, extractor, device)
@@ -79,12 +112,9 @@ def run(family, args, device, image_prompts):
             save_settings(args, settings)
             full_precision = labelling.measure_full_precision()
             log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
-            rows = labelling.label(halving.survivors(labelling, args))
+            return labelling.label(halving.survivors(labelling, args)), full_precision
         finally:
             log.info("where the time went\n%s", "\n".join(watch.table()))
-    table = "\n".join(results_table(rows, full_precision))
-    save_text(table + "\n", args.outdir / "results.txt")
-    log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 
 def parse_args(family):
@@ -142,8 +172,9 @@ def prompts_for(args, family):
 
 def check_same_run(args, settings):
     """Refuse to mix labels made under other flags into one cache."""
+    rows = quant_cache.load(args.outdir / "quant_cache.pkl")
     if not settings.exists():
-        if (args.outdir / "quant_cache.pkl").exists():
+        if rows:
             raise InputError(f"{args.outdir}: has labels but no {settings.name} that says how they were made")
         return
     before = read_settings(settings)

@@ -21,18 +21,36 @@ def check(args):
         raise InputError(f"--budget_images {' '.join(map(str, args.budget_images))}: must grow, and stay below --n_imgs")
 
 
+def stages(args, count):
+    """[(configurations, images that they are measured on)] of `count` configurations, one pair after another."""
+    schedule = [*args.budget_images, args.n_imgs]
+    pairs = [(count, schedule[0])]
+    for images, following in itertools.pairwise(schedule):
+        pairs.append((max(1, pairs[-1][0] * images // following), following))
+    return pairs
+
+
+def images_from(stage, args, count):
+    """Images that are drawn in the stage number `stage` of `stages` and all after it."""
+    drawn = [0, *args.budget_images]
+    numbers = [number * (images - before) for (number, images), before in zip(stages(args, count), drawn, strict=True)]
+    return sum(numbers[stage:])
+
+
 def survivors(labelling, args):
     """The configurations that are measured on all images: all of them, unless --budget_images says otherwise."""
     indices = list(labelling.indices)
     path = args.outdir / "quant_labels_partial.jsonl"
     lines = jsonl.load(path)
-    for images, following in itertools.pairwise([*args.budget_images, args.n_imgs]):
+    for stage, (images, following) in enumerate(itertools.pairwise([*args.budget_images, args.n_imgs]), start=1):
         fids = {line["configuration"] - 1: line["FID"] for line in lines if line["images"] == images}
-        for index in labelling.measured([index for index in indices if index not in fids], images):
+        later = images_from(stage, args, len(labelling.indices))
+        for index in labelling.measured([index for index in indices if index not in fids], images, later):
             lines.append(label(labelling, index, images))
             fids[index] = lines[-1]["FID"]
             jsonl.save(lines, path)
-        better = sorted(indices, key=lambda index: rank(fids[index]))[: max(1, len(indices) * images // following)]
+        going_on = stages(args, len(labelling.indices))[stage][0]
+        better = sorted(indices, key=lambda index: rank(fids[index]))[:going_on]
         for index in set(indices) - set(better):
             labelling.parts.drop(labelling.tasks(index, images))
         log.info("%d of %d configurations go on from %d images to %d", len(better), len(indices), images, following)

@@ -82,6 +82,7 @@ class Labeller:
         self.extractor = extractor or make_extractor(job, device)
         self.clip = ClipScore(self.args.clip_model, device) if self.args.clip_score else None
         self.watch = Stopwatch(device)
+        self.on_drawn = lambda count: None  # told how many images have come
         self.sampler = load_encoded(self.args, self.family, device, embeddings)
         denoiser = self.sampler.denoiser
         self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
@@ -124,10 +125,15 @@ class Labeller:
             self.put(task.index)
         with self.judges() as judge, self.watch.phase("denoise"):
             batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
-            judged = [judge.submit(self.judge, batch, baseline) for batch in batches]
+            judged = [judge.submit(self.judge, batch, baseline) for batch in self.told(batches)]
             with self.watch.phase("features"):
                 judged = [each.result() for each in judged]
         return {name: np.concatenate([each[name] for each in judged]) for name in judged[0]}, self.watch.take()
+
+    def told(self, batches):
+        for batch in batches:
+            yield batch
+            self.on_drawn(len(batch.indices))
 
     def judges(self):
         """Who judges images: on a GPU a thread, while the next are made; on a CPU two would be in each other's way."""

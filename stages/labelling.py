@@ -21,8 +21,9 @@ from evaluation.images import save_png, say_constant
 from evaluation.proxies import PER_IMAGE
 from quant import config
 from quant.storage import atomic_write
-from stages import baseline
+from stages import baseline, halving
 from stages.common import log
+from stages.forecast import Forecast
 from stages.labeller import Task, name_of
 from stages.parts import Parts
 
@@ -41,6 +42,7 @@ class Labelling:
         self.cache_path, self.proxies_path = self.outdir / "quant_cache.pkl", self.outdir / "quant_proxies.jsonl"
         self.rows = quant_cache.load(self.cache_path)
         self.indices = range(max(self.args.num_archs, len(self.rows)))
+        self.forecast = Forecast(self.args, len(self.indices), workers.count)
         self.planned = dict(zip((None, *self.indices), workers.describe([None, *self.indices]), strict=True))
 
     def tasks(self, index, images):
@@ -48,8 +50,11 @@ class Labelling:
         firsts = range(0, images, self.task_images)
         return [Task(index, first, min(first + self.task_images, self.args.n_imgs)) for first in firsts]
 
-    def measured(self, indices, images):
-        """Yield each of the configurations, in their order, once its first `images` images are measured."""
+    def measured(self, indices, images, later=0):
+        """Yield each of the configurations, in their order, once its first `images` images are measured.
+
+        `later` is how many images the run is going to draw after these, of what it says of its time.
+        """
         wanted = {index: self.tasks(index, images) for index in indices}
         left = {index: [task for task in each if self.parts.load(task) is None] for index, each in wanted.items()}
         tasks = [task for each in left.values() for task in each]
@@ -62,13 +67,20 @@ class Labelling:
         total = sum(task.count for each in wanted.values() for task in each)
         done = total - sum(task.count for task in tasks)
         title = "full precision" if None in left else f"{len(left)} configurations"
+        self.forecast.begin(total - done + later)
         with logging_redirect_tqdm([log]), tqdm(total=total, initial=done, desc=title, unit="img") as progress:
+
+            def drawn(count):
+                progress.update(count)
+                self.forecast.add(count)
+
             yield from complete()
-            for task, arrays, seconds in self.workers.run(tasks, self.baseline):
+            for task, arrays, seconds in self.workers.run(tasks, self.baseline, drawn):
                 self.watch.add(seconds)
                 self.keep(task, arrays)
                 left[task.index].remove(task)
-                progress.update(task.count)
+                if task.index is not None and not left[task.index]:
+                    self.forecast.tell("configuration")
                 yield from complete()
 
     def keep(self, task, arrays):
@@ -98,7 +110,8 @@ class Labelling:
                     self.check_reference(row["FID-GT-1k"])
                     return row
         self.baseline = None  # measured without one
-        for _ in self.measured([None], self.args.n_imgs):
+        later = halving.images_from(0, self.args, len(self.indices)) - len(self.rows) * self.args.n_imgs
+        for _ in self.measured([None], self.args.n_imgs, max(0, later)):
             arrays = self.parts.load_all(self.tasks(None, self.args.n_imgs))
         row = self.planned[None] | self.labels("full_precision", arrays)
         if math.isnan(row["FID-GT-1k"]):

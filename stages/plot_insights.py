@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from quant import config
+from quant.storage import check_writable
 from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 
@@ -13,12 +14,12 @@ def main():
     from autobuild import insights
     from autobuild.graph import slots_of_family
 
-    scores = load_scores(args, family)
+    check_writable(args.outdir / "ranking.csv")
+    best = args.q_config is None
+    chosen = None if best else config.load(args.q_config, slots_of_family(family.name)[1])
+    scores = load_scores(args, family, args.avg_bits if best else None)
     space = scores.space
-    if args.q_config is None:
-        codes = scores.best_within(args.avg_bits)
-    else:
-        codes = space.codes_of(config.load(args.q_config, slots_of_family(family.name)[1]))
+    codes = scores.best_within(args.avg_bits) if best else space.codes_of(chosen)
     for path in insights.draw_all(space, scores.of_weights(), scores.published_parts(), codes, family.title, args.outdir):
         print(path)
 

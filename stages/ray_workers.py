@@ -20,6 +20,7 @@ from errors import InputError, first_line
 from stages.baseline import Baseline
 from stages.common import log
 from stages.labeller import Labeller, encode
+from stages.library_notes import library_notes
 
 MOST_DEATHS = 3  # of workers at the same task, until the task is to blame
 TASKS_AHEAD = 2  # given to a worker, so that it need not wait for this process
@@ -30,11 +31,13 @@ class RayWorkers:
 
     def __init__(self, job, watch, stored_prompts):
         self.deaths = collections.Counter()  # of workers, by the task that they were at
+        self.said = set()  # of what workers have noted
         try:
             device, count = connect(job.args)
             self.resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             self.start = (ray.put(job), device, os.getcwd())
             self.embeddings = ray.put(self.known_prompts(stored_prompts, watch))
+            self.count = count
             self.hands = [self.hire() for _ in range(count)]
         except BaseException:
             ray.shutdown()
@@ -46,7 +49,8 @@ class RayWorkers:
         embeddings = stored_prompts.load()
         if embeddings is None:
             with watch.phase("encode"):
-                embeddings = value_of(ray.remote(**self.resources)(encode_prompts).remote(*self.start))
+                embeddings, notes = value_of(ray.remote(**self.resources)(encode_prompts).remote(*self.start))
+            self.say(notes)
             stored_prompts.save(embeddings)
         return embeddings
 
@@ -78,8 +82,8 @@ class RayWorkers:
             except RayActorError:
                 self.replace(hand)
 
-    def run(self, tasks, baseline=None):
-        """Yield (task, arrays, seconds by phase) of each task as it is done, in any order."""
+    def run(self, tasks, baseline, drawn):
+        """Yield (task, arrays, seconds by phase) of each task as it is done, in any order; `drawn` is told its images."""
         # Arrays in shared memory: one copy per machine.
         shared = None if baseline is None else ray.put(Baseline(baseline.images[:], baseline.latents[:], None))
         left = TasksLeft(tasks)
@@ -100,9 +104,17 @@ class RayWorkers:
                 hand.awaited = ()
                 continue
             arrays, seconds, notes = result
-            for note in notes:
-                log.warning(note)
-            yield hand.running.pop(ref), arrays, seconds
+            self.say(notes)
+            task = hand.running.pop(ref)
+            drawn(task.count)
+            yield task, arrays, seconds
+
+    def say(self, notes):
+        """Log what workers have noted, once if several have."""
+        for logger, note in notes:
+            if note not in self.said:
+                self.said.add(note)
+                logging.getLogger(logger).warning("%s", note)
 
     def give_out(self, left, shared):
         """Give the workers that are ready tasks, one each in turn."""
@@ -163,24 +175,39 @@ class Worker:
 
     def load(self, job, device, folder, embeddings):
         settle(folder, device)
-        self.notes = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: self.notes.append(record.getMessage())
-        log.addHandler(handler)
+        self.listening = noted()  # for as long as the worker lives
+        self.notes = self.listening.__enter__()
         self.labeller = Labeller(job, torch.device(device), embeddings)
 
     def describe(self, indices):
         return self.labeller.describe(indices)
 
     def measure(self, task, baseline):
-        """What `Labeller.measure` has, and what was logged meanwhile."""
+        """What `Labeller.measure` has, and what was noted until then."""
+        measured = self.labeller.measure(task, baseline)
+        notes = list(self.notes)
         self.notes.clear()
-        return *self.labeller.measure(task, baseline), list(self.notes)
+        return *measured, notes
 
 
 def encode_prompts(job, device, folder):
     settle(folder, device)
-    return encode(job, torch.device(device))
+    with noted() as notes:
+        return encode(job, torch.device(device)), notes
+
+
+@contextlib.contextmanager
+def noted():
+    """[(logger's name, note)] of what is logged here, and of what libraries warn of."""
+    notes = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append((log.name, record.getMessage()))
+    log.addHandler(handler)
+    try:
+        with library_notes(lambda note: notes.append(("workers", note))):
+            yield notes
+    finally:
+        log.removeHandler(handler)
 
 
 def settle(folder, device):

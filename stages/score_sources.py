@@ -3,7 +3,9 @@
 Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
 """
 
+import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -11,22 +13,24 @@ from tqdm import tqdm
 
 from autobuild import space as spaces
 from errors import InputError
+from evaluation import prompts as prompt_files
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant import modules, multiquantizer
-from quant.storage import atomic_write, load_checkpoint
+from quant.storage import atomic_write, check_writable, load_checkpoint
 from stages.common import (
     OneLineParser,
     at_least,
     in_precision,
     parser_for,
 )
-from stages.eval_random import prompts_for
-from stages.sampling import add_sampling_flags, load_for, parse_sampling
+from stages.eval_random import IMAGE_FLAGS, prompts_for
+from stages.forecast import as_time
+from stages.library_notes import Once, library_notes
+from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling
 
 # What sensitivities depend on; a run goes on only with the same ones.
-FLAGS = ("model_id", "seed", "n_imgs", "calls", "steps", "guidance", "res", "prompts", "multiquantizer_key")
-FLAGS += ("scheduler", "negative_prompt", "dtype", "lora_key")
+FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")
 
 
 def parser_of(stage, description, argv=None):
@@ -56,63 +60,88 @@ def parse(parser, family):
     return args
 
 
-def load_scores(args, family):
-    """The scores that --labels asks for."""
+def load_scores(args, family, avg_bits=None):
+    """The scores that --labels asks for; InputError if no configuration is within `avg_bits`, if given."""
     if args.labels != "none":
-        return learned(Path(args.labels), family)
+        return learned(Path(args.labels), family, avg_bits)
     from autobuild.scores import MeasuredScores
 
-    return MeasuredScores(*measured(args, family))
+    return MeasuredScores(*measured(args, family, avg_bits))
 
 
-def learned(path, family):
+def learned(path, family, avg_bits):
     from autobuild import predictor_file
     from autobuild.scores import LearnedScores
 
     space, states, told = predictor_file.load(path, family.name)
+    check_avg_bits(space, avg_bits)
     print(f"{path}: learned {told['target']} from {told['rows']} rows")
     return LearnedScores(space, states)
 
 
-def measured(args, family):
-    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it."""
-    device = pick_device(args.device)
+def check_avg_bits(space, avg_bits):
+    from autobuild.search import spare_bytes
+
+    if avg_bits is not None:
+        spare_bytes(space, avg_bits, space.smallest_bytes)
+
+
+def measured(args, family, avg_bits):
+    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it.
+
+    What flags and small files tell to be wrong is told before the pipeline is read, and it is not where all is known.
+    """
     family = in_precision(family, args.dtype)
+    device, prompts = pick_device(args.device), prompts_for(args, family)
+    check_sampling(args, family)
+    args.prompts_key = prompt_files.key(prompts)
+    args.hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
+    entries = multiquantizer.read(args.multi_chkpt, family)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
-    sampler = load_for(args, family, device)
-    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
-    space = spaces.of_multiquantizer(family.name, slots, entries)
+    if entries is not None:
+        check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
+    check_writable(args.sensitivity)
     known = read_measured(args)
-    left = [place for place, keys in enumerate(space.keys) if keys[0] not in known]
-    if left:
-        probe = make_probe(args, family, sampler)
-        parts = modules.install(sampler.denoiser, family, slots)
-        for place in tqdm(left, desc="weights", unit="weight", initial=len(space.keys) - len(left), total=len(space.keys)):
-            keys = space.keys[place]
-            known[keys[0]] = measure([parts[key] for key in keys], entries[keys[0]]["parameters"], probe)
-            with atomic_write(args.sensitivity) as file:
-                torch.save({"flags": flags_of(args), "weights": known}, file)
-    changes, shifts = zip(*(known[keys[0]] for keys in space.keys), strict=True)
+    keys = spaces.graph_and_keys(family.name)[1]
+    if entries is None or any(each[0] not in known for each in keys):
+        with library_notes(Once(tqdm.write)):
+            entries = measure_missing(args, family, device, prompts, keys, known)
+    changes, shifts = zip(*(known[each[0]] for each in keys), strict=True)
+    space = spaces.of_multiquantizer(family, entries, args.multi_chkpt)
     return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
 
 
-def make_probe(args, family, sampler):
+def measure_missing(args, family, device, prompts, keys, known):
+    """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries."""
     from autobuild.sensitivity import Probe, record_calls
 
-    calls = record_calls(sampler, prompts_for(args, family), args, args.calls)
-    return Probe(sampler.denoiser, calls, together=max(1, args.batch_size // len(calls[0].guided)))
+    unrefined = argparse.Namespace(**vars(args) | {"refiner_id": None})  # it is never asked
+    sampler = load_for(unrefined, family, device, prompts)
+    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
+    probe = Probe(sampler.denoiser, record_calls(sampler, prompts, args, args.calls), args)
+    parts = modules.install(sampler.denoiser, family, slots)
+    left = [each for each in keys if each[0] not in known]
+    start = time.monotonic()
+    for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
+        shared = left[place]
+        known[shared[0]] = measure([parts[key] for key in shared], entries[shared[0]]["parameters"], probe)
+        with atomic_write(args.sensitivity) as file:
+            torch.save({"flags": flags_of(args), "weights": known}, file)
+        if place == 0:
+            told = as_time((time.monotonic() - start) * (len(left) - 1))
+            tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
+    return entries
 
 
 def measure(parts, parameters, probe):
     """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
-    found = []
-    for name in spaces.NAMES:
+
+    def put(name):
         for part in parts:
-            part.set_method(name, parameters[name])
-        found.append(probe.shift())
-    for part in parts:
-        part.set_method(None)
-    changes, shifts = zip(*found, strict=True)
+            part.set_method(name, parameters.get(name))
+
+    changes, shifts = zip(*(probe.shift(put, name) for name in spaces.NAMES), strict=True)
+    put(None)
     return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
 
 
@@ -125,7 +154,7 @@ def read_measured(args):
     if not args.sensitivity.exists():
         return {}
     kept = load_checkpoint(args.sensitivity)
-    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"}):
+    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and are_measured(kept["weights"])):
         raise InputError(f"{args.sensitivity}: is not what --labels none was told; give another --sensitivity")
     for flag, value in flags_of(args).items():
         if kept["flags"].get(flag) != value:
@@ -134,3 +163,12 @@ def read_measured(args):
                 "give another --sensitivity"
             )
     return kept["weights"]
+
+
+def are_measured(weights):
+    """Whether `weights`, read from a file, are {key: what `measure` returns}."""
+    counts = [len(spaces.NAMES)] * 2
+    return isinstance(weights, dict) and all(
+        isinstance(each, tuple) and [len(tensor) for tensor in each if torch.is_tensor(tensor)] == counts
+        for each in weights.values()
+    )

@@ -5,12 +5,19 @@ from stages.common import check_extra
 from stages.labeller import Labeller, encode
 
 
+def needs_ray(args):
+    """Whether several processes are asked for; InputError if they cannot be had."""
+    if args.workers is None and args.ray_address is None:
+        return False
+    check_extra("ray", "distributed", "--workers and --ray_address need Ray")
+    return True
+
+
 def start_workers(job, device, extractor, watch):
     """The workers that the flags ask for. A context: leaving it ends them."""
     stored_prompts = StoredPrompts(job)
-    if job.args.workers is None and job.args.ray_address is None:
+    if not needs_ray(job.args):
         return ThisProcess(job, device, extractor, stored_prompts, watch)
-    check_extra("ray", "distributed", "--workers and --ray_address need Ray")
     from stages.ray_workers import RayWorkers
 
     return RayWorkers(job, watch, stored_prompts)
@@ -19,14 +26,20 @@ def start_workers(job, device, extractor, watch):
 class ThisProcess:
     """One labeller, here."""
 
+    count = 1
+
     def __init__(self, job, device, extractor, stored_prompts, watch):
         self.labeller = Labeller(job, device, known_prompts(job, device, stored_prompts, watch), extractor)
 
     def describe(self, indices):
         return self.labeller.describe(indices)
 
-    def run(self, tasks, baseline=None):
-        """Yield (task, arrays, seconds by phase) of each task, as `Labeller.measure` has them."""
+    def run(self, tasks, baseline, drawn):
+        """Yield (task, arrays, seconds by phase) of each task, as `Labeller.measure` has them.
+
+        `drawn` is told how many images have come, as they come.
+        """
+        self.labeller.on_drawn = drawn
         for task in tasks:
             yield task, *self.labeller.measure(task, baseline)
 

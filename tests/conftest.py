@@ -153,15 +153,15 @@ def dit_inputs():
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run a stage as its script does; returns (exit code, printed text)."""
+    """Run a stage as its script does, of no family if that is None; returns (exit code, printed text)."""
 
     def run(stage, family_name, *flags):
-        from stages.common import log, run_stage
+        from stages.common import log, run_main, run_stage
 
         monkeypatch.setattr(sys, "argv", [f"{family_name}_{stage.__name__}.py", *map(str, flags)])
         code = 0
         try:
-            run_stage(stage.main, family_name)
+            run_main(stage.main) if family_name is None else run_stage(stage.main, family_name)
         except SystemExit as ending:
             code = ending.code
         finally:

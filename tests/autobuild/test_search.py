@@ -4,10 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from small_space import small_space
 
 from autobuild import search
+from autobuild import space as spaces
 from errors import InputError
+from evaluation import quant_cache
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,14 @@ def test_shifts_that_cancel_are_found(space):
     assert (first[3], first[7]) != (1, 5)
     codes = search.shortest_sum(space, shifts, first, 6)
     assert (codes[3], codes[7]) == (1, 5)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_average_bits_are_counted_in_the_precision_of_the_labels(bits):
+    """Rows labelled with weights in float32 have twice the bytes in full precision."""
+    rows = quant_cache.load(ROOT / "labels" / "dit_embedded" / "quant_cache.pkl")[:2]
+    for row in rows:
+        row["config"] = {key: [name, full * bits // 16, *rest] for key, (name, full, *rest) in row["config"].items()}
+    space = spaces.of_rows("dit", rows)
+    assert space.precision_bits == bits
+    assert space.avg_bits(space.codes(rows)) == pytest.approx([row["avg_bits"] for row in rows])

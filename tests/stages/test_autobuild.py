@@ -1,6 +1,7 @@
 """Predictor, search, insights and search without labels, as users run them."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
 from quant.storage import load_checkpoint
-from stages import build_config, eval_random, plot_insights, train_predictor
+from stages import build_config, eval_random, plot_insights, sampling, train_predictor
 from stages.common import log, run_main
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"
@@ -147,12 +148,13 @@ def test_a_predictor_of_another_family(trained, run, tmp_path):
     assert code == 2 and "--avg_bits goes with --choice knapsack" in printed
 
 
-def test_without_labels(mq, tmp_path, run):
+def test_without_labels(mq, tmp_path, run, monkeypatch):
     said, output = tmp_path / "said.pt", tmp_path / "c.pkl"
     flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 4)
-    flags += ("--n_imgs", 2, "--calls", 2, "--sensitivity", said, "--avg_bits", 4, "--output", output)
+    flags += ("--n_imgs", 2, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
     code, printed = run(build_config, *flags)
     assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed
+    assert re.search(r"about .* left for 200 weights; it takes less with a lower --n_imgs or --calls", printed)
     whole, first = load_checkpoint(said), output.read_bytes()
     assert len(whole["weights"]) == 201
     torch.save(whole | {"weights": dict(list(whole["weights"].items())[:150])}, said)  # as an interrupted run leaves it
@@ -162,8 +164,10 @@ def test_without_labels(mq, tmp_path, run):
     assert code == 0 and list(again["weights"]) == list(whole["weights"])
     torch.testing.assert_close(again["weights"], whole["weights"], rtol=0, atol=0)
     assert output.read_bytes() == first
-    code, printed = run(build_config, *flags, "--calls", 3)
-    assert code == 2 and "was measured with calls 2, not 3; give another --sensitivity" in printed
+    monkeypatch.setattr(sampling, "load_sampler", lambda *_args, **_kwargs: pytest.fail("loaded, though all is known"))
+    assert run(build_config, *flags)[0] == 0 and output.read_bytes() == first
+    code, printed = run(build_config, *flags, "--calls", 2)
+    assert code == 2 and "was measured with calls 1, not 2; give another --sensitivity" in printed
 
 
 def test_chosen_configurations_are_labelled(mq, tmp_path, run_script):

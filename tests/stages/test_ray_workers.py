@@ -20,21 +20,31 @@ def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):
         mq = tmp_path / "mq.pt"
         command = script(f"{family}_multiquantizer.py", "--model_id", "embedded", "--output", mq)
         subprocess.run(command, capture_output=True, check=True)
-    results = []
+    results, more = [], ()
+    if family != "dit":
+        (tmp_path / "prompts.txt").write_text("a red seven\n" + "many words " * 100)
+        more = ("--prompts", tmp_path / "prompts.txt")
     for workers in (1, 2, 4) if family == "dit" else (1, 2):
         folder = tmp_path / str(workers)
-        command = script(f"{family}_eval_random.py", *FLAGS, "--multi_chkpt", mq, "--outdir", folder, "--workers", workers)
+        flags = (*FLAGS, *more, "--multi_chkpt", mq, "--outdir", folder, "--workers", workers)
+        command = script(f"{family}_eval_random.py", *flags)
         subprocess.run(command, capture_output=True, check=True)
         results.append([(folder / name).read_bytes() for name in ("quant_cache.pkl", "quant_proxies.jsonl")])
         log = (folder / "run.log").read_text()
+        assert "left until 2 configurations are labelled, on 12 images each" in log
+        assert log.count("part of your input was truncated because CLIP can only handle") == len(more) // 2
         assert f"{workers} workers, each on one thread of a CPU" in log and "where the time went" in log
     assert all(result == results[0] for result in results)
 
 
 def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):
-    flags = (*FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 1, "--steps", 2000)
+    content = torch.load(mq, weights_only=True)
+    next(iter(content["slots"].values()))["fingerprint"] = "0"
+    torch.save(content, tmp_path / "other_mq.pt")
+    flags = (*FLAGS, "--multi_chkpt", tmp_path / "other_mq.pt", "--outdir", tmp_path, "--workers", 1)
     code, printed = run_script(eval_random, "dit", *flags)
-    assert code == 2 and printed.strip().splitlines()[-1].startswith("error: --steps 2000: embedded has 1000 noise levels")
+    last = printed.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "other_mq.pt: made from other weights than this model's" in last
 
 
 @pytest.mark.parametrize(

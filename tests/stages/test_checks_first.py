@@ -1,0 +1,155 @@
+"""What flags and small files tell to be wrong is told before a model, or the reference, is read."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import EVAL, ROOT, tiny
+
+from errors import InputError
+from evaluation import fid
+from models.families import FAMILIES
+from quant import config, multiquantizer
+from quant.storage import check_writable
+from stages import build_config, eval_random, plot_insights, sampling, score_sources
+
+NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    for name in ("load_sampler", "load_encoder"):
+        monkeypatch.setattr(sampling, name, lambda *_args, **_kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(fid, "reference_statistics", lambda *_args: pytest.fail("the reference was read"))
+
+
+@pytest.fixture(scope="module")
+def bad_files(mq, tmp_path_factory):
+    """Files that are wrong in some way, by name."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "damaged.pt").write_bytes(mq.read_bytes()[:1000])
+    config.save({"model.conv_in.weight_quantizer": "mse-4"}, folder / "foreign.pkl")
+    content = torch.load(mq, weights_only=True)
+    slots = content["slots"]
+    config.save(dict.fromkeys(list(slots)[:-1], "mse-4"), folder / "short.pkl")
+    config.save(dict.fromkeys(slots, "mse-9"), folder / "unknown.pkl")
+    key = next(key for key in slots if ".norm1.emb." in key)
+    tied = key.replace("transformer_blocks.0.", "transformer_blocks.1.")
+    config.save(dict.fromkeys(slots, "mse-4") | {tied: "mse-3"}, folder / "untied.pkl")
+    torch.save(content | {"slots": dict(list(slots.items())[:-1])}, folder / "part.pt")
+    torch.save({"flags": {}, "weights": {"a": 1}}, folder / "unmeasured.pt")
+    (folder / "labels").mkdir()
+    (folder / "labels" / "quant_cache.pkl").write_bytes(pickle.dumps([{"config": []}]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--multi_chkpt", "nowhere.pt"), "nowhere.pt: no such multiquantizer; make it with"),
+        (("--multi_chkpt", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
+        (("--q_config", "nowhere.pkl"), "nowhere.pkl: no such file"),
+        (("--q_config", "uniform:mse-4", "uniform:mse-9"), "uniform:mse-9: unknown method 'mse-9'"),
+        (("--q_config", "{bad}/foreign.pkl"), "1 keys are not of this denoiser, first model.conv_in"),
+        (("--q_config", "{bad}/short.pkl"), "short.pkl: 1 of 201 keys are missing"),
+        (("--q_config", "{bad}/unknown.pkl"), "unknown method 'mse-9' for model."),
+        (("--q_config", "{bad}/untied.pkl"), "is mse-3, but it shares the weights of"),
+        (("--q_config", "{labels}/quant_cache.pkl"), "add :best"),
+        (("--reference", "nowhere"), "nowhere: no such folder"),
+        (("--reference", "{root}/bops"), "bops: holds no images"),
+        (("--steps", "2000"), "--steps 2000: embedded has 1000 noise levels"),
+        (("--res", "512"), "--res 512: embedded makes images of 64 px only"),
+        (("--outdir", "{root}/README.md"), "README.md"),
+        (("--outdir", "{bad}/labels"), "quant_cache.pkl: not a list of labelled"),
+    ],
+)
+def test_labelling(flags, message, labels, mq, bad_files, tmp_path, run_script, nothing_is_loaded):
+    given = [str(flag).format(labels=labels, root=ROOT, bad=bad_files) for flag in flags]
+    defaults = (*EVAL, "--num_archs", 1, "--multi_chkpt", mq, "--outdir", tmp_path / "out")
+    code, printed = run_script(eval_random, "dit", *defaults, *given)
+    assert code == 2 and message in printed
+    assert printed.strip().splitlines()[-1].startswith("error:") and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompts", "nowhere.json"), "nowhere.json: no such file"),
+        (("--clip_score", "--clip_model", "{root}/bops"), "bops: this folder is not a CLIPModel"),
+        (("--res", "100"), "--res: 100 is not a multiple of 16"),
+    ],
+)
+def test_labelling_by_prompts(flags, message, tiny_mq, tmp_path, run_script, nothing_is_loaded):
+    given = [str(flag).format(root=ROOT) for flag in flags]
+    defaults = (*EVAL, "--num_archs", 1, "--multi_chkpt", tiny_mq("pixart_alpha"), "--outdir", tmp_path / "out")
+    code, printed = run_script(eval_random, "pixart_alpha", *defaults, *given)
+    assert code == 2 and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        (build_config, ("--multi_chkpt", "nowhere.pt"), "nowhere.pt: no such multiquantizer"),
+        (build_config, ("--multi_chkpt", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
+        (build_config, ("--multi_chkpt", "{bad}/part.pt"), "part.pt: 1 of 201 layers are missing"),
+        (build_config, ("--avg_bits", "2"), "--avg_bits 2: the smallest configuration of dit has"),
+        (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
+        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --labels none was told"),
+        (build_config, ("--sensitivity", "{bad}"), "{bad}: is a folder"),
+        (build_config, ("--output", "{bad}"), "{bad}: is a folder"),
+        (build_config, ("--output", "{root}/README.md/c.pkl"), "c.pkl: cannot be written"),
+        (build_config, ("--steps", "2000"), "--steps 2000: embedded has 1000 noise levels"),
+        (plot_insights, ("--outdir", "{root}/README.md"), "README.md/ranking.csv: cannot be written"),
+        (plot_insights, ("--q_config", "{bad}/foreign.pkl"), "1 keys are not of this denoiser, first model.conv_in"),
+        (plot_insights, ("--q_config", ""), "no such file"),
+    ],
+)
+def test_without_labels(stage, flags, message, mq, bad_files, tmp_path, run_script, nothing_is_loaded):
+    given = [str(flag).format(root=ROOT, bad=bad_files) for flag in flags]
+    defaults = ("--family", "dit", *NONE, "--multi_chkpt", mq, "--sensitivity", tmp_path / "said.pt")
+    defaults += ("--avg_bits", 4) + (("--output", tmp_path / "c.pkl") if stage is build_config else ())
+    code, printed = run_script(stage, None, *defaults, *given)
+    assert code == 2 and message.format(bad=bad_files) in printed and printed.count("\n") == 1
+
+
+def test_without_labels_by_prompts(tiny_mq, run_script, nothing_is_loaded):
+    flags = ("--family", "pixart_alpha", *NONE, "--multi_chkpt", tiny_mq("pixart_alpha"), "--avg_bits", 4)
+    code, printed = run_script(build_config, None, *flags, "--prompts", "nowhere.txt")
+    assert code == 2 and "nowhere.txt: no such file" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["prompts_key", "hand_over", "lora_key", "scheduler", "multiquantizer_key", "guidance"])
+def test_sensitivities_measured_otherwise_are_refused(tmp_path, flag):
+    measured = {"a": (torch.zeros(6), torch.zeros(6, 4))}
+    args = SimpleNamespace(**dict.fromkeys(score_sources.FLAGS, 1), sensitivity=tmp_path / "said.pt")
+    torch.save({"flags": dict.fromkeys(score_sources.FLAGS, 1), "weights": measured}, args.sensitivity)
+    assert list(score_sources.read_measured(args)) == ["a"]
+    setattr(args, flag, 2)
+    with pytest.raises(InputError, match=f"was measured with {flag} 1, not 2; give another --sensitivity"):
+        score_sources.read_measured(args)
+
+
+def test_a_file_that_can_be_written(tmp_path):
+    check_writable(tmp_path / "new" / "file.pkl")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_configurations_that_load(tmp_path, load_tiny):
+    """By the entries alone the same are let through as by the denoiser's slots: ties may be left out, or agree."""
+    _, slots, entries = load_tiny("dit")
+    for name, left_out in (("all.pkl", ()), ("free.pkl", [key for key, slot in slots.items() if slot.tie != key])):
+        config.save({key: "mse-4" for key in slots if key not in left_out}, tmp_path / name)
+        config.load(tmp_path / name, slots)
+        config.check_file(tmp_path / name, entries, FAMILIES["dit"])
+        config.check_file(tmp_path / name, None, FAMILIES["dit"])
+    config.check_file("uniform:kmeans-3", entries, FAMILIES["dit"])
+
+
+def test_entries_of_a_file(tiny_mq, tmp_path):
+    """Read without the denoiser they are those that are read with it."""
+    _, entries = multiquantizer.load(tiny_mq("dit"), tiny("dit"), FAMILIES["dit"])
+    read = multiquantizer.read(tiny_mq("dit"), FAMILIES["dit"])
+    assert list(read) == list(entries)
+    torch.save({"model.a.weight_quantizer.quant_params.mse-4": torch.ones(2)}, tmp_path / "published.pt")
+    assert multiquantizer.read(tmp_path / "published.pt", FAMILIES["dit"]) is None
