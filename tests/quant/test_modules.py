@@ -152,7 +152,7 @@ def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method,
     reference.weight.data = methods.apply(method, layer.weight.detach().half(), parameters).float()
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
-        parts[0].pack(parameters)
+        parts[0].pack(method, parameters)
         assert torch.equal(quantized(input), reference(input))
 
 
@@ -172,9 +172,9 @@ def test_a_split_layer_is_its_two_halves(layer, shape, names, family):
     input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
-        for part, own in zip(parts, parameters, strict=True):
-            part.pack(own)
-        assert quantized.is_packed and not hasattr(quantized, "weight") and not hasattr(quantized, "original")
+        for part, name, own in zip(parts, names, parameters, strict=True):
+            part.pack(name, own)
+        assert quantized.is_packed and not hasattr(quantized, "weight") and quantized.original is None
         assert torch.equal(quantized(input), reference(input))
 
 
@@ -197,7 +197,7 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized):
     quantized.pack(configuration)
     assert torch.equal(quantized.predict(), decoded)
     layers = [part.layer for part in quantized.parts.values()]
-    assert not any(hasattr(layer, "weight") or hasattr(layer, "original") for layer in layers)
+    assert not any(hasattr(layer, "weight") or layer.original is not None for layer in layers)
     precision_bits = quantized.family.precision_bits
     description = config.describe(configuration, quantized.slots, quantized.entries, precision_bits)
     codes = sum(slot.shape.numel() * methods.METHODS[configuration[k]].bits / 8 for k, slot in quantized.slots.items())
