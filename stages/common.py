@@ -142,6 +142,7 @@ def run_main(main):
     except (InputError, OSError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"stopped after {time.monotonic() - start:.0f} s; the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        way_on = stop.args[0] if stop.args else "the same command goes on"
+        print(f"stopped after {time.monotonic() - start:.0f} s; {way_on}", file=sys.stderr)
         sys.exit(130)

@@ -17,13 +17,14 @@ from stages.common import log
 
 
 def make_run_folder(outdir):
-    """A new folder named by the time, with `samples` in it."""
-    folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    while folder.exists():
-        time.sleep(0.1)
+    """A new folder named by the time."""
+    outdir.mkdir(parents=True, exist_ok=True)
+    while True:
         folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    (folder / "samples").mkdir(parents=True)
-    return folder
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+            folder.mkdir()
+            return folder
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -58,9 +59,14 @@ def start_log(folder):
     logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
 
 
+def written(args):
+    """The flags as `save_settings` writes them, {name: value}."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def save_settings(args, path):
     """Write the run's flags, all of them, as YAML."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = written(args)
     with atomic_write(path) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
 

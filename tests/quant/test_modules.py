@@ -85,7 +85,8 @@ def test_a_configuration_acts_and_restores(quantized):
 def float_bytes(quantized):
     """Bytes of the weights and of what is kept of them beside, on the host."""
     layers = {part.layer for part in quantized.parts.values()}
-    return sum(layer.weight.nbytes for layer in layers), sum(0 if l.original is None else l.original.nbytes for l in layers)
+    originals = [layer.original for layer in layers if layer.original is not None]
+    return sum(layer.weight.nbytes for layer in layers), sum(original.nbytes for original in originals)
 
 
 @EACH
