@@ -4,7 +4,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from evaluation.images import generate_batches, save_png
+from evaluation.images import generate_batches, save_png, say_constant
 
 
 class Pictures:
@@ -21,13 +21,16 @@ class Pictures:
 
     def draw(self, numbers, sampler, settings, name):
         """Draw the images of these numbers and keep each batch as it comes; one that is not made of numbers is `broken`."""
+        constant = []
         for first, last in ranges(numbers):
             for batch in generate_batches(sampler, self.prompts, settings, name, first, last):
+                constant += list(batch.constant)
                 for index, image, broken in zip(batch.indices, batch.images, batch.broken, strict=True):
                     if broken:
                         self.broken.append(self.paths[index])
                     else:
                         save_png(image, self.paths[index])
+        say_constant(name, constant)
 
 
 def is_whole(path):
