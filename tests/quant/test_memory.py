@@ -23,5 +23,5 @@ def test_packing_never_holds_the_weights_twice(tmp_path, family):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     used = json.loads(done.stdout.splitlines()[-1])
-    assert weight_bytes < used["peak"] < 2.2 * weight_bytes  # 3.3 where originals and a quantized copy are kept
+    assert weight_bytes < used["peak"] < 2.05 * weight_bytes  # 2.2 with originals, 3.2 in float32
     assert used["stays"] < 0.5 * weight_bytes  # 0.25 are codes
