@@ -223,6 +223,8 @@ def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, pla
     source = model_of(family, model_id)
     embedded = is_embedded(family, model_id)
     pipeline = _load_pipeline(family, source, family.pipeline, extras, wanted, embedded=embedded)
+    if not embedded and hasattr(pipeline.vae, "use_slicing"):
+        pipeline.vae.enable_slicing()  # decoding a batch of large images at once takes more memory than all weights
     refiner = None
     if extras.refiner_id is not None:
         shared = {"vae": pipeline.vae} | ({"text_encoder_2": pipeline.text_encoder_2} if text_encoders else {})
