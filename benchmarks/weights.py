@@ -24,16 +24,18 @@ def heavy_tailed(channels, width, seed=0, dtype=torch.float16):
     return torch.from_numpy(rng.standard_t(5, size=(channels, width)) * scale).to(dtype)
 
 
-def random_denoiser(name):
-    """The family's own denoiser in its own precision, heavy-tailed random weights in every weight layer.
+def random_denoiser(name, **changes):
+    """The family's own denoiser in its own precision, heavy-tailed random weights in every weight layer, all else zero.
 
     Layers are cut from one pool of 16.8 M draws, each from its own place, so that making them takes seconds.
     """
     family = FAMILIES[name]
     with torch.device("meta"):
-        denoiser = geometry.build(name)
+        denoiser = geometry.build(name, **changes)
     with quiet_loading():
         denoiser = denoiser.to(family.dtype).to_empty(device="cpu")
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        tensor.data.zero_()
     rng = np.random.default_rng(0)
     pool = torch.from_numpy(rng.standard_t(5, size=POOL).astype(np.float32)).to(family.dtype)
     for _, layer in weight_layers(denoiser, family):

@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError, first_line, lacks_memory
+from quant.storage import atomic_write
 
 log = logging.getLogger("qua2sedimo")
 
@@ -106,4 +107,7 @@ def halve_batch(settings, reason):
 
 
 def save_png(image, path):
-    Image.fromarray(image).save(path)
+    """Write an image, an array uint8 [H, W, 3] or Pillow's own, whole or not at all."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with atomic_write(path) as file:
+        image.save(file, "PNG")

@@ -3,7 +3,6 @@
 Text encoders are loaded, asked and released before what draws is loaded: on a device that holds either, both need not fit.
 """
 
-import gc
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from models import facts, lora, schedulers
 from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, require
 from models.inputs import Taken, first_call, map_tensors, prompt_argument
 from models.single_file import SingleFile
+from quant.memory import return_free_memory
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -155,7 +155,13 @@ class Sampler:
         return map_tensors(_shape_alone, first_call(self.pipeline, self.denoiser, **call))
 
     def place(self, device):
-        """Put the pipelines on the device, or see to it that their parts come there when they are called."""
+        """Put the pipelines on the device, or see to it that their parts come there when they are called.
+
+        What is not packed is cast to what the device computes in.
+        """
+        if (dtype := compute_dtype(self.family, device)) != self.family.dtype:
+            for pipeline in self.pipelines:
+                pipeline.to(dtype=dtype)
         _place(self.pipelines, device, self.extras.offload)
 
     def gather(self):
@@ -217,6 +223,8 @@ def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, pla
     source = model_of(family, model_id)
     embedded = is_embedded(family, model_id)
     pipeline = _load_pipeline(family, source, family.pipeline, extras, wanted, embedded=embedded)
+    if not embedded and hasattr(pipeline.vae, "use_slicing"):
+        pipeline.vae.enable_slicing()  # decoding a batch of large images at once takes more memory than all weights
     refiner = None
     if extras.refiner_id is not None:
         shared = {"vae": pipeline.vae} | ({"text_encoder_2": pipeline.text_encoder_2} if text_encoders else {})
@@ -248,16 +256,13 @@ def _place_encoders(sampler, device):
         for pipeline in sampler.pipelines:
             pipeline.remove_all_hooks()
             pipeline.to("cpu")
-        release_memory()
+        return_free_memory()
         _place(sampler.pipelines, device, "sequential")
 
 
 def _ready(sampler, device, place):
     for pipeline in sampler.pipelines:
         pipeline.set_progress_bar_config(disable=True)
-        if (dtype := compute_dtype(sampler.family, device)) != sampler.family.dtype:
-            with quiet_loading():
-                pipeline.to(dtype=dtype)
         if sampler.extras.vae_tiling and pipeline.vae is not None:
             pipeline.vae.enable_tiling()
     if place:
@@ -376,13 +381,6 @@ def refiner_of(family, model_id):
     if family.refiner is None:
         return None
     return str(EMBEDDED_FOLDER / family.refiner.name) if is_embedded(family, model_id) else family.refiner.model_id
-
-
-def release_memory():
-    """Give back what nothing refers to any more, on the host and on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _shape_alone(tensor):

@@ -10,6 +10,7 @@ import torch
 
 from errors import InputError
 from models.layers import WeightSlot, free_keys, tied_key
+from quant.memory import return_free_memory
 from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
 from quant.storage import load_pickle, save_pickle
 
@@ -169,9 +170,10 @@ def restore(parts):
 
 
 def pack(configuration, parts, slots, entries):
-    """Turn the weights, quantized by `apply`, into their packed low-bit form."""
+    """Turn the float weights into the packed low-bit form of a checked configuration, one after the other, for good."""
     for key, part in parts.items():
-        part.pack(entries[slots[key].tie]["parameters"][configuration[key]])
+        part.pack(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
+    return_free_memory()
 
 
 def describe(configuration, slots, entries, precision_bits):

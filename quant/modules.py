@@ -1,9 +1,10 @@
 """What stands in the denoiser in place of a float layer: the same layer, its weight quantized.
 
-Each layer keeps its float original, in the family's precision, and each part of its weight the method
-in force; a new method is always computed from the original, so any number of changes leaves no drift.
-`pack` turns a layer into its low-bit form: packed codes and their scales or centroids, decoded when it
-runs, and no float weight.
+Each part of a layer's weight has a method in force, and a new one is always computed from the float original, in the
+family's precision, so any number of changes leaves no drift. A weight that is at full precision is its own original;
+while it is not, the original waits in the host's memory, once, whatever device the weight is on. Where no method is
+going to be changed, no original is kept. `pack` turns a layer into its low-bit form: packed codes and their scales or
+centroids, decoded when it runs, and no float weight.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from models.layers import find_slots
 from quant import methods
 from quant.activations import quantize_channels, quantize_tokens
+from quant.offload import at_home, put_hook, take_hook
 from quant.packing import pack_codes, unpack_codes
 
 
@@ -22,80 +24,116 @@ class WeightPart:
     def __init__(self, layer, slot):
         self.layer, self.slot = layer, slot
         self.method = None  # full precision
-        self.suffix = f"_{len(layer.parts)}" if layer.parts else ""  # of the names of its packed buffers
+        self.suffix = f"_{len(layer.parts)}" if layer.parts else ""  # of the names of its packed tensors
 
     @torch.no_grad()
     def set_method(self, name, parameters=None):
         """Put the weight under the method `name`; None puts the float weight back."""
-        if self.layer.is_packed:
-            raise RuntimeError("this layer is packed: its float weight is gone; load the model again")
-        weight, original = self.slot.part_of(self.layer.weight), self.original
-        if name is None:
-            weight.copy_(original)
-        else:
-            on_device = {key: value.to(original.device) for key, value in parameters.items()}
-            weight.copy_(methods.apply(name, original, on_device))
-        self.method = name
+        with at_home(self.layer):
+            original, weight = self.original, self.slot.part_of(self.layer.weight)
+            if name is None:
+                weight.copy_(original)
+            else:
+                quantized = methods.apply(name, original, _on(original.device, parameters))
+                self.layer.keep_original()
+                weight.copy_(quantized)
+            self.method = name
+            self.layer.drop_original()
 
     @property
     def original(self):
-        """The float weight, contiguous, in the family's precision."""
-        return self.slot.part_of(self.layer.original).contiguous()
+        """The float weight, contiguous, in the family's precision, on the device of the layer's weight."""
+        layer = self.layer
+        if layer.is_packed or self.has_codes:
+            raise RuntimeError("this layer is packed: its float weight is gone; load the model again")
+        if layer.original is None and self.method is not None:
+            raise RuntimeError("this layer was quantized for good: its float weight is gone; load the model again")
+        float_weight = layer.weight.detach() if layer.original is None else layer.original
+        return self.slot.part_of(float_weight).to(layer.weight.device, layer.precision).contiguous()
 
     @torch.no_grad()
-    def pack(self, parameters):
-        """Keep only packed codes and the parameters of the method in force; there is no way back."""
-        original = self.original
-        on_device = {key: value.to(original.device) for key, value in parameters.items()}
-        codes = methods.quantize(self.method, original, on_device)
-        packed = {"codes": pack_codes(codes, methods.METHODS[self.method].bits)}
-        packed |= {name: on_device[name] for name in methods.decoding_parameters(self.method)}
-        for name, tensor in packed.items():
-            self.layer.register_buffer(name + self.suffix, tensor)
-        if all(part.is_packed for part in self.layer.parts):
-            del self.layer.weight
-            del self.layer.original
+    def pack(self, name, parameters):
+        """Keep only packed codes of the method `name` and what decodes them; there is no way back."""
+        with at_home(self.layer):
+            original = self.original
+            parameters = _on(original.device, parameters)
+            codes = methods.quantize(name, original, parameters)
+            packed = pack_codes(codes, methods.METHODS[name].bits)
+            # A parameter, unlike the tables: by parameters offloading finds what it is to move.
+            self.layer.register_parameter("codes" + self.suffix, nn.Parameter(packed, requires_grad=False))
+            for table in methods.decoding_parameters(name):
+                self.layer.register_buffer(table + self.suffix, parameters[table])
+            self.method = name
+            if all(part.has_codes for part in self.layer.parts):
+                del self.layer.weight
+                self.layer.original = None
 
     @property
-    def is_packed(self):
-        return f"codes{self.suffix}" in self.layer._buffers
+    def has_codes(self):
+        return f"codes{self.suffix}" in self.layer._parameters
 
     def decoded(self):
         """The weight that the packed codes stand for, in the parameters' precision."""
-        parameters = {name.removesuffix(self.suffix): self.layer._buffers[name] for name in self.buffer_names()}
-        codes = unpack_codes(parameters["codes"], methods.METHODS[self.method].bits, self.slot.shape.numel())
-        return methods.dequantize(self.method, codes.view(self.slot.shape), parameters)
+        packed, *tables = (getattr(self.layer, name) for name in self.packed_names())
+        codes = unpack_codes(packed, methods.METHODS[self.method].bits, self.slot.shape.numel())
+        names = methods.decoding_parameters(self.method)
+        return methods.dequantize(self.method, codes.view(self.slot.shape), dict(zip(names, tables, strict=True)))
 
-    def buffer_names(self):
+    def packed_names(self):
+        """Names in the layer of the packed codes and of the tables that decode them."""
         return [name + self.suffix for name in ("codes", *methods.decoding_parameters(self.method))]
+
+
+def _on(device, parameters):
+    return {name: value.to(device) for name, value in parameters.items()}
 
 
 class QuantLayer:
     """What QuantLinear, QuantConv1d and QuantConv2d share; `wrap` makes one from a float layer."""
 
-    original: torch.Tensor  # float weight in the family's precision
+    precision: torch.dtype  # the family's, of originals
+    keeps_original: bool  # whether a method may be changed for another
+    original: torch.Tensor | None  # float weight on the host; None: the weight is it, or no one has it
     parts: list[WeightPart]
     act_bits: int | None  # None: inputs are taken as they are
 
     @classmethod
-    def wrap(cls, layer, precision):
+    def wrap(cls, layer, precision, keep_originals):
         """The quantizable form of `layer`, which shares its parameters, hooks and settings."""
+        hook = take_hook(layer)
+        replaced = layer.__dict__.pop("forward", None)  # hooks leave the class's own behind
+        if replaced is not None and getattr(replaced, "__func__", None) is not type(layer).forward:
+            raise RuntimeError(f"the forward of a {type(layer).__name__} is replaced: quantize the model before that")
         wrapped = cls.__new__(cls)
         wrapped.__dict__ = layer.__dict__
-        wrapped.original = layer.weight.detach().to(precision, copy=True)
-        wrapped.parts = []
-        wrapped.act_bits = None
+        wrapped.precision, wrapped.keeps_original = precision, keep_originals
+        wrapped.original, wrapped.parts, wrapped.act_bits = None, [], None
+        put_hook(wrapped, hook)
         return wrapped
 
     @property
     def is_packed(self):
-        return any(part.is_packed for part in self.parts)
+        return "weight" not in self._parameters
+
+    @property
+    def is_float(self):
+        return all(part.method is None for part in self.parts)
 
     @property
     def weight_bytes(self):
         if not self.is_packed:
             return self.weight.nbytes
-        return sum(self._buffers[name].nbytes for part in self.parts for name in part.buffer_names())
+        return sum(getattr(self, name).nbytes for part in self.parts for name in part.packed_names())
+
+    def keep_original(self):
+        """Put the float weight aside before a part of it is overwritten, where another method may come."""
+        if self.keeps_original and self.original is None:
+            self.original = self.weight.detach().to("cpu", self.precision, copy=True)
+
+    def drop_original(self):
+        """Let the float weight put aside go where the weight is at full precision again and can hold it."""
+        if self.is_float and _holds(self.weight, self.precision):
+            self.original = None
 
     def effective_weight(self, dtype):
         """The weight to compute with: as it stands, or decoded from the packed codes."""
@@ -111,14 +149,20 @@ class QuantLayer:
 
     def _apply(self, fn, recurse=True):
         """Follow the layer to another device, but keep what weights are computed from through any cast."""
-        names = [name for part in self.parts if part.is_packed for name in part.buffer_names()]
-        exact = {name: self._buffers[name] for name in names}
+        exact, before = dict(self._buffers), self._parameters.get("weight")
+        before = before if before is None else before.detach()
         super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            self._buffers[name] = tensor.to(self._buffers[name].device)
-        if not self.is_packed:
-            self.original = self.original.to(self.weight.device)
+        for name, table in exact.items():  # of a packed layer
+            self._buffers[name] = table.to(self._buffers[name].device)
+        lossy = before is not None and _holds(before, self.precision) and not _holds(self.weight, self.precision)
+        if lossy and self.is_float:
+            self.original = before.to("cpu", self.precision)
         return self
+
+
+def _holds(weight, precision):
+    """Whether the weight's own precision has all numbers of `precision`."""
+    return torch.promote_types(weight.dtype, precision) == weight.dtype
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -145,11 +189,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 QUANT_CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
 
 
-def install(denoiser, family, slots=None):
+def install(denoiser, family, slots=None, keep_originals=True):
     """Replace every weight layer of the denoiser in place; returns the weights {key: WeightPart} of the slots.
 
-    `slots` are the denoiser's, as a multiquantizer splits them. The denoiser keeps its class and computes
-    as before until a configuration is applied.
+    `slots` are the denoiser's, as a multiquantizer splits them. The denoiser keeps its class and computes as before
+    until a configuration is applied. Without `keep_originals` each weight takes one method, for good.
     """
     slots = slots or find_slots(denoiser, family)
     wrapped = set()
@@ -157,7 +201,8 @@ def install(denoiser, family, slots=None):
         path = slot.module_path
         layer = denoiser.get_submodule(path)
         if not isinstance(layer, QuantLayer):
-            layer = next(new for old, new in QUANT_CLASSES.items() if isinstance(layer, old)).wrap(layer, family.dtype)
+            quantizable = next(new for old, new in QUANT_CLASSES.items() if isinstance(layer, old))
+            layer = quantizable.wrap(layer, family.dtype, keep_originals)
             parent, _, name = path.rpartition(".")
             setattr(denoiser.get_submodule(parent), name, layer)
             wrapped.add(path)

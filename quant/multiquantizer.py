@@ -11,7 +11,6 @@ Tied weights are stored once, under the key of the slot that they share. The ide
 """
 
 import contextlib
-import ctypes
 import hashlib
 import sys
 import time
@@ -24,6 +23,7 @@ from errors import InputError
 from models.layers import find_slots, free_keys, in_part, move_boundaries
 from quant import methods, published
 from quant.entries import fingerprint, fit_entry, is_entry
+from quant.memory import return_free_memory
 from quant.storage import atomic_write, load_checkpoint
 
 FORMAT = "qua2sedimo multiquantizer"
@@ -81,14 +81,8 @@ def _fit_slots(denoiser, family, slots, entries, checkpoint):
             progress.update(weight.numel())
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint()
-                _return_free_memory()
+                return_free_memory()
                 saved = time.monotonic()
-
-
-def _return_free_memory():
-    """Give back what the C library keeps of freed memory: entries lie scattered in it and would make it grow."""
-    with contextlib.suppress(OSError, AttributeError):  # only GNU's has a call for that
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_ties(denoiser, slots, family):

@@ -115,18 +115,6 @@ def _own_cache_folder():
     return folder
 
 
-def check_writable(path):
-    """InputError unless a file can be written at `path`: told before the work that is to be kept there."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as reason:
-        raise InputError(f"{path}: cannot be written ({reason.strerror})") from None
-
-
 def remove_leftovers(folder):
     """Delete what writers that were killed have left below `folder`, where nothing else is writing."""
     for path in Path(folder).rglob(f".*{TEMPORARY}"):

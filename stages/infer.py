@@ -1,56 +1,165 @@
-"""Stage 3: generate images with a quantized denoiser, beside the full-precision ones."""
+"""Stage 3: generate images with a quantized denoiser, beside the full-precision ones.
 
+Images are kept as they come, in a folder of the run's own. A run that was cut off goes on by its folder's name.
+"""
+
+import argparse
+import contextlib
 from pathlib import Path
 
 from errors import InputError
-from evaluation.contact_sheet import contact_sheet
-from evaluation.images import generate, save_png
+from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
+from evaluation.images import save_png
+from models.components import quiet_loading
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
+from quant.storage import remove_leftovers
 from stages.common import at_least, in_precision, log, parser_for, utf8
-from stages.run_folder import make_run_folder, save_settings, start_log
+from stages.pictures import Pictures
+from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
 from stages.sampling import add_sampling_flags, load_for, parse_sampling
+
+SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
+# Flags on which no image depends, or which stand beside a key of what they name.
+FREE_FLAGS = {"outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug", "multi_chkpt"}
+STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
 
 
 def main(family):
     args = parse_args(family)
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
+    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
+    args.q_config_key = config.spec_key(args.q_config)
     chosen = args.cls_id if family.num_classes else args.prompt
     prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
-    sampler = load_for(args, family, device, prompts)
+    with run_folder(args) as folder:
+        remove_leftovers(folder)
+        check_same_run(args, folder)
+        start_log(folder)
+        try:
+            run(family, args, device, prompts, folder)
+        except KeyboardInterrupt as stop:
+            if (folder / SETTINGS).exists():
+                stop.args = (f"`--run {folder.name}` with the same flags goes on",)
+            raise
+
+
+@contextlib.contextmanager
+def run_folder(args):
+    """The folder that --run names, or a new one named by the time, held. A new one of which nothing came goes again."""
+    is_new = args.run is None or not (args.outdir / args.run).exists()
+    folder = make_run_folder(args.outdir) if args.run is None else args.outdir / args.run
+    with only_run_in(folder):
+        try:
+            yield folder
+        except BaseException:
+            if is_new and not (folder / SETTINGS).exists():
+                with contextlib.suppress(OSError):
+                    for path in folder.iterdir():
+                        path.unlink()
+                    folder.rmdir()
+            raise
+
+
+def check_same_run(args, folder):
+    """Refuse to mix images drawn under other flags into one folder."""
+    settings = folder / SETTINGS
+    if not settings.exists():
+        if any(folder.glob("*/*.png")):
+            raise InputError(f"{folder}: has images but no {SETTINGS} that says how they were made; give another --run")
+        return
+    before, now = read_settings(settings), written(args)
+    for flag in now:
+        if flag not in FREE_FLAGS and before.get(flag) != now[flag]:
+            raise InputError(
+                f"{folder}: its images were made with {flag} {before.get(flag)}, not {now[flag]}; "
+                "give the same flags to go on, or another --run"
+            )
+
+
+def run(family, args, device, prompts, folder):
+    originals, samples = Pictures(folder / "full_precision", prompts), Pictures(folder / "samples", prompts)
+    unseen, unquantized = ([] if args.no_compare else originals.missing()), samples.missing()
+    if not unseen and not unquantized and (folder / SHEET).exists():
+        log.info("all %d images are there: %s; contact sheet: %s", len(prompts), samples.folder, folder / SHEET)
+        return
+    sampler = load_for(args, family, device, prompts, place=False)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
     configuration = config.load(args.q_config, slots)
     description = config.describe(configuration, slots, entries, family.precision_bits)
     avg_bits = config.avg_bits(description, family.precision_bits)
-    folder = make_run_folder(args.outdir)
-    start_log(folder)
-    save_settings(args, folder / "sampling_config.yaml")
+    save_settings(args, folder / SETTINGS)
     log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{config.quantized_size(description):,}")
-    parts = modules.install(sampler.denoiser, family, slots)
-    rows = []
-    if not args.no_compare:
-        images = generate(sampler, prompts, args, "full precision")
-        rows.append((f"full precision, {family.precision_bits} bits", images))
-    config.apply(configuration, parts, slots, entries)
+    log.info("run %s; cut off, it goes on with --run %s and the same flags", folder, folder.name)
+    show_steps(sampler)
+    if unseen:
+        place(sampler, device)
+        originals.draw(unseen, sampler, args, "full precision")
+        sampler.gather()
+    if unquantized:
+        parts = modules.install(sampler.denoiser, family, slots, keep_originals=False)
+        quantize(args, sampler.denoiser, configuration, parts, slots, entries)
+        place(sampler, device)
+        samples.draw(unquantized, sampler, args, "quantized")
+    activations = f", activations {args.act_bit} bits" if args.quant_act else ""
+    rows = [] if args.no_compare else [(f"full precision, {family.precision_bits} bits", originals)]
+    finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)
+
+
+def quantize(args, denoiser, configuration, parts, slots, entries):
+    """Put the configuration into the denoiser for good, a weight at a time, where its weights are."""
     if args.pack:
         config.pack(configuration, parts, slots, entries)
-        log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(sampler.denoiser):,}")
+        log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(denoiser):,}")
+    else:
+        config.apply(configuration, parts, slots, entries)
     if args.quant_act:
-        set_activation_bits(sampler.denoiser, args.act_bit)
-    images = generate(sampler, prompts, args, "quantized")
-    activations = f", activations {args.act_bit} bits" if args.quant_act else ""
-    rows.append((f"{args.q_config}, {avg_bits:.2f} bits{activations}", images))
-    for index, image in enumerate(images):
-        save_png(image, folder / "samples" / f"{index:03d}.png")
-    contact_sheet(rows).save(folder / "contact_sheet.png")
-    log.info("images: %s; contact sheet: %s", folder / "samples", folder / "contact_sheet.png")
+        set_activation_bits(denoiser, args.act_bit)
+
+
+def place(sampler, device):
+    with quiet_loading():
+        sampler.place(device)
+
+
+def show_steps(sampler):
+    """A bar of steps below that of images, where a batch takes long."""
+    for pipeline in sampler.pipelines:
+        pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, delay=STEP_BAR_SECONDS)
+
+
+def finish(rows, folder):
+    """Draw the contact sheet of `rows`, a list of (caption, Pictures); InputError if images are missing."""
+    sheet = contact_sheet([(caption, pictures.paths) for caption, pictures in rows])
+    if sheet is not None:
+        save_png(sheet, folder / SHEET)
+    count = len(rows[0][1].paths)
+    shown = f" (the first {MOST_IMAGES})" if count > MOST_IMAGES else ""
+    log.info("images: %s; contact sheet%s: %s", rows[-1][1].folder, shown, folder / SHEET)
+    if broken := [path for _, pictures in rows for path in pictures.broken]:
+        names = ", ".join(str(path.relative_to(folder)) for path in broken[:5])
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise InputError(
+            f"{folder}: {names}{more}: values that are not numbers; the others are there; try other flags, "
+            "such as --dtype float32"
+        )
+
+
+def run_name(text):
+    """Type of --run: the name of a folder in --outdir."""
+    if text in ("", ".", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder in --outdir")
+    return text
 
 
 def parse_args(family):
     parser = parser_for(family, "infer", "generate images with a quantized denoiser")
-    parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_sample"), help="folder of the results")
+    parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_sample"), help="folder of the runs")
+    parser.add_argument(
+        "--run", type=run_name, help="name of the run's folder in it; one that is there goes on; default: the time"
+    )
     parser.add_argument(
         "--q_config",
         help=f"name.pkl, quant_cache.pkl:best, quant_cache.pkl:3 or uniform:<method>; default {family.q_config}",

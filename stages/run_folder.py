@@ -15,13 +15,14 @@ from stages.run_lock import locked
 
 
 def make_run_folder(outdir):
-    """A new folder named by the time, with `samples` in it."""
-    folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    while folder.exists():
-        time.sleep(0.1)
+    """A new folder named by the time."""
+    outdir.mkdir(parents=True, exist_ok=True)
+    while True:
         folder = outdir / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    (folder / "samples").mkdir(parents=True)
-    return folder
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+            folder.mkdir()
+            return folder
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from models.pipelines import (
     load_sampler,
     model_of,
     refiner_of,
-    release_memory,
 )
 from models.prompt_memo import encode_prompts, remember
+from quant.memory import return_free_memory
 from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
 
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
@@ -196,5 +196,5 @@ def encode_for(args, family, device, prompts):
     encoder = load_encoder(family, args.model_id, device, extras_of(args))
     embeddings = encode_prompts(encoder, prompts, args.guidance, args.res)
     del encoder
-    release_memory()
+    return_free_memory()
     return embeddings

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from errors import InputError
-from evaluation.contact_sheet import contact_sheet
 from evaluation.images import generate, generate_batches, is_constant, noise_generators
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
@@ -154,12 +153,3 @@ def test_latents_are_those_of_the_images(name):
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
     assert np.abs((decoded.permute(0, 2, 3, 1).numpy() / 2 + 0.5).clip(0, 1) - images).max() < 1e-3
     assert np.array_equal(images, sampler.images(prompts, noise_generators(1, range(3)), 3, 2.0, 64))
-
-
-def test_contact_sheet_holds_every_image():
-    images = np.zeros((12, 64, 64, 3), np.uint8)
-    images[:, :, :, 0] = np.arange(12)[:, None, None] * 20 + 5
-    sheet = np.asarray(contact_sheet([("above", images), ("below", images)]))
-    for shade in images[:, 0, 0, 0]:
-        found = (sheet == (shade, 0, 0)).all(axis=2).sum()
-        assert found == 2 * 128 * 128  # both rows, enlarged twice
