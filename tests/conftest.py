@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -222,6 +223,15 @@ def labels(mq, built_once):
         subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
 
     return built_once("labels", build)
+
+
+@pytest.fixture(scope="module")
+def folds_here():
+    """Predictors are trained one fold after another in this process, which spares the start of others."""
+    with pytest.MonkeyPatch.context() as patch:
+        pool = "autobuild.training.ProcessPoolExecutor"
+        patch.setattr(pool, lambda _count, *settings: ThreadPoolExecutor(1, *settings))
+        yield
 
 
 @pytest.fixture
