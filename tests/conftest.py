@@ -15,10 +15,14 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from made_up import MadeUpWorkers
+from PIL import Image
 
+from evaluation import fid
 from models import geometry
 from models.families import FAMILIES
 from quant import multiquantizer
+from stages import eval_random
 from stages.common import log
 
 ROOT = Path(__file__).parent.parent
@@ -253,3 +257,21 @@ def dit_inputs():
 def run_script():
     """Run a stage by its family's script; returns (exit code, printed text)."""
     return lambda stage, family_name, *flags: run_here(f"{family_name}_{stage.__name__.split('.')[-1]}.py", *flags)
+
+
+@pytest.fixture
+def made_up_labels(monkeypatch, run_script, tmp_path, mq):
+    """made_up_labels(*flags): DiT's labelling with made-up measurements: (exit code, printed text, tasks measured)."""
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(reference / f"{index}.png")
+    monkeypatch.setattr(fid, "distance", lambda features, _reference: float(features.mean()) ** 2)
+    flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--reference", reference)
+
+    def run(*more, last=None):
+        workers = MadeUpWorkers(last)
+        monkeypatch.setattr(eval_random, "start_workers", lambda *_: workers)
+        return *run_script(eval_random, "dit", *flags, *more), workers.measured
+
+    return run

@@ -171,6 +171,8 @@ def test_published_defaults(name, monkeypatch, run_script):
 
 def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
+    denoiser = load_denoiser(FAMILIES["sdxl"], "embedded", torch.device("cpu"))
+    monkeypatch.setattr(multiquantizer, "load_denoiser", lambda *_: denoiser)  # once: fitting leaves it as it is
     parts = FAMILIES["sdxl"].parts
     for prefix in parts:
         code, printed = run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--prefix", prefix)

@@ -10,18 +10,12 @@ import os
 from itertools import count
 from unittest import mock
 
-import numpy as np
 import pytest
 from conftest import tiny_dit
-from PIL import Image
 
 from models.layers import find_slots
 from quant import entries as entries_module
 from quant import multiquantizer
-from stages import eval_random
-
-IMAGES = 6  # two tasks, of four images and of two
-METRICS = ("latent_mse", "image_mse", "psnr", "ssim")
 
 
 @contextlib.contextmanager
@@ -60,51 +54,13 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in own}
 
 
-class MadeUpWorkers:
-    """Stand for those of stages/workers.py: what they measure follows from the configuration's and the image's number."""
-
-    def __init__(self, job, *_):
-        self.asked = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def describe(self, indices):
-        rows = {"quantized_size": 4, "avg_bits": 4.0, "quantized_error": 0.5, "bops": 1.0}
-        return [rows | {"config": {"model.a.weight_quantizer": [f"mse-{index}", 16, 4, 0.5]}} for index in indices]
-
-    def run(self, tasks, baseline=None):
-        for task in tasks:
-            yield task, self.measured(task, baseline), {}
-
-    @staticmethod
-    def measured(task, baseline):
-        images = range(task.first, task.last)
-        draws = [np.random.default_rng([99 if task.index is None else task.index, image]) for image in images]
-        arrays = {"features": np.stack([draw.normal(size=64) for draw in draws])}
-        if baseline is None:
-            arrays["images"] = np.stack([draw.integers(0, 256, (4, 4, 3), np.uint8) for draw in draws])
-            arrays["latents"] = np.stack([draw.normal(size=(4, 2, 2)).astype(np.float32) for draw in draws])
-            return arrays
-        return arrays | {name: np.array([draw.random() for draw in draws]) for name in METRICS}
-
-
 @pytest.fixture
-def label(monkeypatch, run_script, tmp_path, mq):
+def label(made_up_labels):
     """label(*flags): a labelling run of made-up measurements in a folder, as `check_all_cuts` wants it."""
-    monkeypatch.setattr(eval_random, "start_workers", MadeUpWorkers)
-    (tmp_path / "reference").mkdir()
-    for index in range(3):
-        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(tmp_path / "reference" / f"{index}.png")
-    flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--reference", tmp_path / "reference")
-    flags += ("--n_imgs", IMAGES, "--batch_size", 1)
 
     def run(*more):
         def in_folder(folder):
-            code, printed = run_script(eval_random, "dit", *flags, *more, "--outdir", folder)
+            code, printed, _ = made_up_labels(*more, "--batch_size", 1, "--outdir", folder)
             assert code in (0, 130), printed
             return code == 0
 
@@ -114,14 +70,15 @@ def label(monkeypatch, run_script, tmp_path, mq):
 
 
 def test_a_labelling_run(label, tmp_path):
-    run = label("--num_archs", 2)
-    # The settings; full precision's parts, images, latents, features and row; of each configuration parts, proxies, row.
+    run = label("--num_archs", 2, "--n_imgs", 6)
+    # Tasks of four images and of two. The settings; full precision's parts, images, latents, features and row; of each
+    # configuration parts, proxies and row.
     assert check_all_cuts(run, tmp_path / "runs") >= 1 + (2 + 3 + 1) + 2 * (2 + 2)
     assert set(files_of(tmp_path / "runs" / "whole")) >= {"quant_cache.pkl", "quant_proxies.jsonl", "results.txt"}
 
 
 def test_successive_halving(label, tmp_path):
-    run = label("--num_archs", 3, "--budget_images", 2)
+    run = label("--num_archs", 3, "--n_imgs", 6, "--budget_images", 2)
     # Three configurations' first task and line; of the one that goes on the other task, proxies and row.
     assert check_all_cuts(run, tmp_path / "runs") >= 1 + (2 + 3 + 1) + 3 * (1 + 1) + 3
     assert len((tmp_path / "runs" / "whole" / "quant_labels_partial.jsonl").read_text().splitlines()) == 3
