@@ -140,8 +140,8 @@ def test_a_predictor_of_another_family(trained, tmp_path):
 
 def test_without_labels(mq, tmp_path):
     said, output = tmp_path / "said.pt", tmp_path / "c.pkl"
-    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 4)
-    flags += ("--n_imgs", 2, "--calls", 2, "--sensitivity", said, "--avg_bits", 4, "--output", output)
+    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 2)
+    flags += ("--n_imgs", 1, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
     code, printed = run_here("build_config.py", *flags)
     assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed
     whole, first = load_checkpoint(said), output.read_bytes()
@@ -153,8 +153,8 @@ def test_without_labels(mq, tmp_path):
     assert code == 0 and list(again["weights"]) == list(whole["weights"])
     torch.testing.assert_close(again["weights"], whole["weights"], rtol=0, atol=0)
     assert output.read_bytes() == first
-    code, printed = run_here("build_config.py", *flags, "--calls", 3)
-    assert code == 2 and "was measured with calls 2, not 3; give another --sensitivity" in printed
+    code, printed = run_here("build_config.py", *flags, "--calls", 2)
+    assert code == 2 and "was measured with calls 1, not 2; give another --sensitivity" in printed
 
 
 def test_chosen_configurations_are_labelled(mq, tmp_path, run_script):
