@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items):
     """A process runs all tests of a module, which share fixtures, unless they say otherwise; the longest come first."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     items.sort(key=lambda item: item.path.parent.name != "stages")
 
 

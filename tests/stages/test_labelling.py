@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
