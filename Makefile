@@ -1,12 +1,13 @@
 # make demo: the whole pipeline on one small embedded model.   make families: all eighteen scripts on all six.
-# make test: lint and all tests.   All install into .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
+# make test: lint, and all tests but the longest.   make test-all: the longest too.
+# All install into .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
 EMBEDDED := --model_id embedded
 FAMILIES := pixart_alpha pixart_sigma hunyuan sdxl sdv15 dit
 
-.PHONY: demo families test
+.PHONY: demo families test test-all
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -34,4 +35,7 @@ family-%: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -n auto -m slow

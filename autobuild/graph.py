@@ -13,6 +13,7 @@ Everything else (activations, reshapes, chunks, constants) passes its input on. 
 before it joins the residual, belongs to the addition that it joins.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -137,6 +138,7 @@ class DenoiserGraph:
         return node.kind in ("add", "adaln", "concat")
 
 
+@functools.cache  # tracing takes seconds
 def of_family(name):
     """The graph of a family's denoiser, real or embedded: both have the same layers."""
     denoiser, slots = slots_of_family(name)

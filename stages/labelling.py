@@ -178,6 +178,7 @@ class Labelling:
                 *(index + 1, row["avg_bits"], row["FID-GT-1k"], time.monotonic() - start),
             )
             start = time.monotonic()
+        self.parts.clear()
         return self.rows
 
     def check_rows(self, indices):

@@ -4,6 +4,7 @@ The parts of a configuration are dropped once its row is in `quant_cache.pkl`.
 """
 
 import contextlib
+import shutil
 import zipfile
 import zlib
 
@@ -46,3 +47,7 @@ class Parts:
             self.path(task).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others are left
             self.folder.rmdir()
+
+    def clear(self):
+        """Drop all, once every row is there: a run that died between a row and the dropping of its parts left some."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,16 +11,17 @@ from stages.common import OneLineParser, check_extra
 
 def main():
     args = parse_args()
-    drawn = graph.of_family(args.family)
-    if args.block is not None and args.block not in drawn.blocks:
-        raise InputError(f"--block {args.block}: {args.family} has {', '.join(drawn.blocks[:3])} ... {drawn.blocks[-1]}")
     check_extra("igraph", "autobuild", "plot_dag.py needs igraph")
     from autobuild import draw
 
     output = args.output or Path("dag_plots") / f"{args.family}{f'_{args.block}' if args.block else ''}.png"
     if output.suffix not in (".png", ".svg"):
         raise InputError(f"--output {output}: must end in .png or .svg")
-    draw.draw(drawn, output, configuration_of(args), args.block)
+    configuration = configuration_of(args)
+    drawn = graph.of_family(args.family)
+    if args.block is not None and args.block not in drawn.blocks:
+        raise InputError(f"--block {args.block}: {args.family} has {', '.join(drawn.blocks[:3])} ... {drawn.blocks[-1]}")
+    draw.draw(drawn, output, configuration, args.block)
     counts = ", ".join(f"{count} {kind}" for kind, count in drawn.counts().most_common())
     print(f"{output}: {len(drawn.nodes)} nodes ({counts}), {len(drawn.edges)} edges")
 

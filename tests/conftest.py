@@ -1,18 +1,36 @@
 """Small things that several tests share."""
 
+import contextlib
 import functools
+import io
+import os
+import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 import torch
+from filelock import FileLock
+from made_up import MadeUpWorkers
+from PIL import Image
 
+from evaluation import fid
 from models import geometry
 from models.families import FAMILIES
 from quant import multiquantizer
+from stages import eval_random
+from stages.common import log
 
 ROOT = Path(__file__).parent.parent
+PROCESS_BYTES = 2.5e9  # of memory that a test process takes, with what it starts
+
+# One thread a process, those that tests start included: pytest-xdist starts a process for each core.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # The real geometries at small width: pairwise different where the real widths differ.
 TINY_XL2 = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
@@ -54,10 +72,45 @@ EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps",
 SPLIT_FAMILIES = [name for name, family in FAMILIES.items() if family.splits]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Every test run keeps its cached files to itself."""
-    monkeypatch.setenv("QUA2SEDIMO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def pytest_xdist_auto_num_workers(config):
+    """As many test processes as there are cores and memory for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores, int(psutil.virtual_memory().available / PROCESS_BYTES)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """A process runs all tests of a module, which share fixtures, unless they say otherwise; the longest come first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    items.sort(key=lambda item: item.path.parent.name != "stages")
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory, worker_id):
+    """built_once(name, build): the folder `name`, which `build(folder)` has filled once for all test processes."""
+    own = tmp_path_factory.getbasetemp()
+    together = own if worker_id == "master" else own.parent
+
+    def folder_of(name, build):
+        folder, done = together / name, together / f"{name}.done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Every test process keeps its cached files to itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUA2SEDIMO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -89,17 +142,16 @@ def tiny_inputs(name, denoiser):
 
 
 @pytest.fixture(scope="session")
-def tiny_mq(tmp_path_factory):
-    """Path of a tiny denoiser's multiquantizer by the family's name, built once for all tests."""
-    folder = tmp_path_factory.mktemp("tiny")
+def tiny_mq(built_once):
+    """Path of a tiny denoiser's multiquantizer by the family's name."""
 
-    @functools.cache
-    def build(name):
-        path = folder / f"{name}_mq.pt"
-        multiquantizer.build(tiny(name), FAMILIES[name], path)
-        return path
+    def path_of(name):
+        def build(folder):
+            multiquantizer.build(tiny(name), FAMILIES[name], folder / "mq.pt")
 
-    return build
+        return built_once(f"tiny_{name}", build) / "mq.pt"
+
+    return path_of
 
 
 @pytest.fixture(scope="session")
@@ -114,26 +166,76 @@ def load_tiny(tiny_mq):
 
 
 def script(name, *flags):
+    """A script's command line, for a process of its own."""
     return [sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
 
 
-@pytest.fixture(scope="session")
-def mq(tmp_path_factory):
-    """The embedded DiT's multiquantizer, built by its script."""
-    path = tmp_path_factory.mktemp("mq") / "dit_embedded_mq.pt"
-    command = [sys.executable, "scripts/dit_multiquantizer.py", "--model_id", "embedded", "--output", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "201 layers fitted" in done.stdout and "layer 201/201" in done.stderr
-    return path
+def run_here(name, *flags):
+    """Run a script in this process, which saves the seconds of its imports; returns (exit code, printed text)."""
+    printed, code = io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [name, *map(str, flags)]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as ending:
+            code = ending.code
+        finally:
+            for handler in list(log.handlers):
+                handler.close()
+                log.removeHandler(handler)
+    return code, printed.getvalue()
 
 
 @pytest.fixture(scope="session")
-def labels(mq, tmp_path_factory):
-    """Three labelled configurations of the embedded DiT, made in one go."""
-    folder = tmp_path_factory.mktemp("labels")
-    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    return folder
+def embedded_mq(built_once):
+    """Path of an embedded model's multiquantizer by the family's name, made by its script: DiT's in its own process."""
+
+    def path_of(name):
+        def build(folder):
+            command = (f"{name}_multiquantizer.py", "--model_id", "embedded")
+            if name == "dit":
+                done = subprocess.run(script(*command), cwd=folder, capture_output=True, text=True)
+                code, printed = done.returncode, done.stdout + done.stderr
+            else:
+                with contextlib.chdir(folder):
+                    code, printed = run_here(*command)
+            free = FAMILIES[name].num_keys - (2 * 27 if FAMILIES[name].ties else 0)
+            assert code == 0, printed
+            assert f"{path}: {free} layers fitted" in printed and f"layer {free}/{free}" in printed
+
+        path = f"multiquantizers/{name}_embedded_mq.pt"
+        return built_once(f"embedded_{name}", build) / path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def mq(embedded_mq):
+    """The embedded DiT's multiquantizer."""
+    return embedded_mq("dit")
+
+
+@pytest.fixture(scope="session")
+def labels(mq, built_once):
+    """Three labelled configurations of the embedded DiT, made in one go by a process of its own; not to be changed."""
+
+    def build(folder):
+        command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+
+    return built_once("labels", build)
+
+
+@pytest.fixture(scope="module")
+def folds_here():
+    """Predictors are trained one fold after another in this process, which spares the start of others."""
+    with pytest.MonkeyPatch.context() as patch:
+        pool = "autobuild.training.ProcessPoolExecutor"
+        patch.setattr(pool, lambda _count, *settings: ThreadPoolExecutor(1, *settings))
+        yield
 
 
 @pytest.fixture
@@ -152,23 +254,24 @@ def dit_inputs():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Run a stage as its script does, of no family if that is None; returns (exit code, printed text)."""
+def run_script():
+    """Run a stage by its family's script; returns (exit code, printed text)."""
+    return lambda stage, family_name, *flags: run_here(f"{family_name}_{stage.__name__.split('.')[-1]}.py", *flags)
 
-    def run(stage, family_name, *flags):
-        from stages.common import log, run_main, run_stage
 
-        monkeypatch.setattr(sys, "argv", [f"{family_name}_{stage.__name__}.py", *map(str, flags)])
-        code = 0
-        try:
-            run_main(stage.main) if family_name is None else run_stage(stage.main, family_name)
-        except SystemExit as ending:
-            code = ending.code
-        finally:
-            for handler in list(log.handlers):
-                handler.close()
-                log.removeHandler(handler)
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+@pytest.fixture
+def made_up_labels(monkeypatch, run_script, tmp_path, mq):
+    """made_up_labels(*flags): DiT's labelling with made-up measurements: (exit code, printed text, tasks measured)."""
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(reference / f"{index}.png")
+    monkeypatch.setattr(fid, "distance", lambda features, _reference: float(features.mean()) ** 2)
+    flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--reference", reference)
+
+    def run(*more, last=None):
+        workers = MadeUpWorkers(last)
+        monkeypatch.setattr(eval_random, "start_workers", lambda *_: workers)
+        return *run_script(eval_random, "dit", *flags, *more), workers.measured
 
     return run

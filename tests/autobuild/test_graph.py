@@ -1,6 +1,5 @@
 """The denoisers' graphs, traced at real size without weights."""
 
-import functools
 from types import SimpleNamespace
 
 import diffusers
@@ -9,13 +8,13 @@ import torch
 from PIL import Image
 
 from autobuild import draw, graph
+from autobuild.graph import of_family
 from models.families import FAMILIES
 from models.layers import find_slots, free_keys, key_of
 from quant import config
 from stages import plot_dag
 from stages.common import run_main
 
-of_family = functools.cache(graph.of_family)
 UNKNOWN_FAMILY = SimpleNamespace(ties=(), splits=(), skips=(), key_names="diffusers")
 
 

@@ -58,7 +58,7 @@ def test_the_same_seed_trains_the_same(task, folds):
     assert all(torch.equal(again.state[name], tensor) for name, tensor in folds[3].state.items())
 
 
-def test_finished_folds_are_kept(task, folds):
+def test_finished_folds_are_kept(task, folds, folds_here):
     kept = []
     done = {number: folds[number] for number in (0, 1, 2, 4)}
     found = training.train(task, lambda number, fold: kept.append(number), done)

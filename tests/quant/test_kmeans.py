@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 
@@ -151,7 +152,9 @@ def test_refuses_nan():
 def test_fitting_leaves_torchs_threads_alone():
     """Numba and torch share OpenMP: a first fit must not change how many threads torch computes with."""
     code = "import torch; from quant import methods; torch.set_num_threads(1); methods.fit(torch.randn(8, 8)); "
-    done = subprocess.run([sys.executable, "-c", code + "print(torch.get_num_threads())"], capture_output=True, text=True)
+    command = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr
 
 

@@ -69,6 +69,19 @@ def test_subnormal_scales_keep_the_offset():
         assert methods.error(weight, quantized) <= 1.5 * methods.error(weight, mean), name
 
 
+def test_threads_change_nothing():
+    """These tests have one; most users have more."""
+    weight = (torch.randn(300, 50, generator=torch.Generator().manual_seed(0)) ** 3).half()
+    fitted = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        fitted.append(methods.fit_with_errors(weight))
+    for parameters, errors in fitted[1:]:
+        assert errors == fitted[0][1]
+        for name, tensors in parameters.items():
+            assert all(torch.equal(tensor, fitted[0][0][name][key]) for key, tensor in tensors.items()), name
+
+
 def test_kmeans_optimum_survives_rounding_to_half(weight):
     stored = methods.fit(weight)["kmeans-4"]["centroids"]
     exact = kmeans.fit_per_channel(weight)[4]

@@ -4,40 +4,21 @@ import csv
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL, ROOT
+from conftest import EVAL, ROOT, run_here, script
 from PIL import Image
 
 from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
 from quant.storage import load_checkpoint
-from stages import build_config, eval_random, plot_insights, sampling, train_predictor
-from stages.common import log, run_main
+from stages import eval_random, sampling
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"
 ROWS = 60
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(stage, *flags):
-        monkeypatch.setattr("sys.argv", [f"{stage.__name__.split('.')[-1]}.py", *map(str, flags)])
-        code = 0
-        try:
-            run_main(stage.main)
-        except SystemExit as ending:
-            code = ending.code
-        finally:
-            log.handlers.clear()
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +31,13 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(cache, tmp_path_factory):
+def trained(cache, tmp_path_factory, folds_here):
     """A predictor, briefly trained, and what its training printed."""
     path = tmp_path_factory.mktemp("predictor") / "p.pt"
-    command = [sys.executable, str(ROOT / "scripts/train_predictor.py"), "--family", "pixart_alpha", "--cache", str(cache)]
-    command += ["--epochs", "4", "--output", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return path, done.stdout
+    flags = ("--family", "pixart_alpha", "--cache", cache, "--epochs", 4, "--output", path)
+    code, printed = run_here("train_predictor.py", *flags)
+    assert code == 0, printed
+    return path, printed
 
 
 def test_training(trained):
@@ -67,13 +48,21 @@ def test_training(trained):
         mean, *folds = map(float, lines[name])
         assert len(folds) == 5 and mean == pytest.approx(np.mean(folds), abs=0.01)
     assert float(lines["predictor"][0]) > 0.5
-    assert "FutureWarning" not in printed
 
 
-def test_a_configuration_within_a_size(trained, tmp_path, run):
+@pytest.mark.slow
+def test_training_in_processes_of_its_own(cache, tmp_path):
+    """As users run it: folds side by side, and no library's warning on the screen."""
+    flags = ("--family", "pixart_alpha", "--cache", cache, "--epochs", 1, "--output", tmp_path / "p.pt")
+    done = subprocess.run(script("train_predictor.py", *flags), capture_output=True, text=True, check=True)
+    assert "rank correlation on unseen rows" in done.stdout and (tmp_path / "p.pt").exists()
+    assert "Warning" not in done.stdout + done.stderr
+
+
+def test_a_configuration_within_a_size(trained, tmp_path):
     output = tmp_path / "c.pkl"
     flags = ("--family", "pixart_alpha", "--labels", trained[0], "--avg_bits", 3.7, "--output", output)
-    code, printed = run(build_config, *flags)
+    code, printed = run_here("build_config.py", *flags)
     assert code == 0 and f"{output}: average 3." in printed
     slots = graph.slots_of_family("pixart_alpha")[1]
     chosen = config.load(output, slots)
@@ -82,17 +71,17 @@ def test_a_configuration_within_a_size(trained, tmp_path, run):
     assert 3.65 < known.avg_bits(known.codes_of(chosen)) <= 3.7
 
 
-def test_the_papers_choice(trained, tmp_path, run):
+def test_the_papers_choice(trained, tmp_path):
     output = tmp_path / "c.pkl"
     flags = ("--family", "pixart_alpha", "--labels", trained[0], "--choice", "top1", "--output", output)
-    code, printed = run(build_config, *flags)
+    code, printed = run_here("build_config.py", *flags)
     assert code == 0 and "learned -1*log(FID-GT-1k) from 60 rows" in printed
     assert output.exists()
 
 
-def test_insights(trained, tmp_path, run):
-    code, printed = run(
-        plot_insights,
+def test_insights(trained, tmp_path):
+    code, printed = run_here(
+        "plot_insights.py",
         "--family",
         "pixart_alpha",
         "--labels",
@@ -127,46 +116,48 @@ def test_insights(trained, tmp_path, run):
         (("--family", "pixart_alpha", "--target", "log(0 - avg_bits)"), "0 of 60 rows have a number for --target"),
     ],
 )
-def test_training_refuses(cache, run, tmp_path, flags, expected):
-    code, printed = run(train_predictor, *flags, "--cache", cache, "--output", tmp_path / "p.pt")
+def test_training_refuses(cache, tmp_path, flags, expected):
+    code, printed = run_here("train_predictor.py", *flags, "--cache", cache, "--output", tmp_path / "p.pt")
     assert code == 2 and expected in printed and printed.count("\n") == 1
 
 
-def test_too_few_rows(tmp_path, run):
+def test_too_few_rows(tmp_path):
     quant_cache.save(quant_cache.load(LABELS / "quant_cache.pkl")[:12], tmp_path / "quant_cache.pkl")
-    code, printed = run(train_predictor, "--family", "pixart_alpha", "--cache", tmp_path, "--output", tmp_path / "p.pt")
+    code, printed = run_here(
+        "train_predictor.py", "--family", "pixart_alpha", "--cache", tmp_path, "--output", tmp_path / "p.pt"
+    )
     assert code == 2 and "a predictor needs at least 40" in printed
 
 
-def test_a_predictor_of_another_family(trained, run, tmp_path):
+def test_a_predictor_of_another_family(trained, tmp_path):
     flags = ("--labels", trained[0], "--avg_bits", 4, "--output", tmp_path / "c.pkl")
-    code, printed = run(build_config, "--family", "dit", *flags)
+    code, printed = run_here("build_config.py", "--family", "dit", *flags)
     assert code == 2 and "is a predictor of pixart_alpha, not of dit" in printed
-    code, printed = run(build_config, "--family", "pixart_alpha", *flags[:2], "--avg_bits", 2, *flags[4:])
+    code, printed = run_here("build_config.py", "--family", "pixart_alpha", *flags[:2], "--avg_bits", 2, *flags[4:])
     assert code == 2 and "--avg_bits 2: the smallest configuration of pixart_alpha has" in printed
-    code, printed = run(build_config, "--family", "pixart_alpha", *flags[:2])
+    code, printed = run_here("build_config.py", "--family", "pixart_alpha", *flags[:2])
     assert code == 2 and "--avg_bits goes with --choice knapsack" in printed
 
 
-def test_without_labels(mq, tmp_path, run, monkeypatch):
+def test_without_labels(mq, tmp_path, monkeypatch):
     said, output = tmp_path / "said.pt", tmp_path / "c.pkl"
-    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 4)
-    flags += ("--n_imgs", 2, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
-    code, printed = run(build_config, *flags)
+    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 2)
+    flags += ("--n_imgs", 1, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
+    code, printed = run_here("build_config.py", *flags)
     assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed
     assert re.search(r"about .* left for 200 weights; it takes less with a lower --n_imgs or --calls", printed)
     whole, first = load_checkpoint(said), output.read_bytes()
     assert len(whole["weights"]) == 201
     torch.save(whole | {"weights": dict(list(whole["weights"].items())[:150])}, said)  # as an interrupted run leaves it
     output.unlink()
-    code, printed = run(build_config, *flags)
+    code, printed = run_here("build_config.py", *flags)
     again = load_checkpoint(said)
     assert code == 0 and list(again["weights"]) == list(whole["weights"])
     torch.testing.assert_close(again["weights"], whole["weights"], rtol=0, atol=0)
     assert output.read_bytes() == first
     monkeypatch.setattr(sampling, "load_sampler", lambda *_args, **_kwargs: pytest.fail("loaded, though all is known"))
-    assert run(build_config, *flags)[0] == 0 and output.read_bytes() == first
-    code, printed = run(build_config, *flags, "--calls", 2)
+    assert run_here("build_config.py", *flags)[0] == 0 and output.read_bytes() == first
+    code, printed = run_here("build_config.py", *flags, "--calls", 2)
     assert code == 2 and "was measured with calls 1, not 2; give another --sensitivity" in printed
 
 

@@ -4,8 +4,7 @@ import ast
 import os
 import pickle
 import shlex
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -35,18 +34,23 @@ INFER = {  # as in the published README
     "dit": "--outdir dit_sample_w4a16 --q_config quant_configs/dit_40.pkl --cls_id 3 --n_imgs 4",  # it has 833; ten here
 }
 OUTDIR = {"pixart_alpha": "alpha", "pixart_sigma": "sigma"}
-QUICK = ("--steps", 5)
+QUICK = ("--steps", 3)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def workplace(request, tmp_path_factory):
+EVERY = {name: pytest.param(name, marks=pytest.mark.xdist_group(f"family {name}")) for name in FAMILIES}
+
+
+def only(*names):
+    """For tests of the flags' logic, which is the same for all families."""
+    return pytest.mark.parametrize("workplace", [EVERY[name] for name in names], indirect=True)
+
+
+@pytest.fixture(scope="module", params=EVERY.values())
+def workplace(request, tmp_path_factory, embedded_mq):
     """A family, and a folder with its multiquantizer and a published-style configuration."""
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.name)
-    command = [sys.executable, ROOT / "scripts" / f"{family.name}_multiquantizer.py", "--model_id", "embedded"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    free = family.num_keys - (2 * 27 if family.ties else 0)
-    assert f"multiquantizers/{family.name}_embedded_mq.pt: {free} layers fitted" in done.stdout
+    shutil.copytree(embedded_mq(family.name).parent, folder / "multiquantizers")
     denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
     (folder / "quant_configs").mkdir()
     configuration = config.draw_random(find_slots(denoiser, family), seed=0, index=0, a_u=0.0)
@@ -75,16 +79,28 @@ def test_infer_by_the_published_command(in_workplace, run_script):
     assert images.shape == (4, 64, 64, 3) and images.std() > 10
 
 
+def label_flags(family):
+    outdir = f"{OUTDIR.get(family.name, family.name)}_random_seed42"
+    return "--outdir", outdir, "--model_id", "embedded", "--num_archs", 2, "--n_imgs", 6, *QUICK
+
+
 def test_eval_random_by_the_published_command(in_workplace, run_script):
     family, folder = in_workplace
-    outdir = f"{OUTDIR.get(family.name, family.name)}_random_seed42"
-    flags = ("--outdir", outdir, "--model_id", "embedded", "--num_archs", 2, "--n_imgs", 6, *QUICK)
+    flags = label_flags(family)
     code, printed = run_script(eval_random, family.name, *flags)
     assert code == 0, printed
-    rows = quant_cache.load(folder / outdir / "quant_cache.pkl")
+    rows = quant_cache.load(folder / flags[1] / "quant_cache.pkl")
     assert len(rows) == 2 and all(tuple(row) == quant_cache.KEYS and len(row["config"]) == family.num_keys for row in rows)
     assert 3 < rows[0]["avg_bits"] < family.precision_bits and rows[0]["bops"] > 0
-    assert run_script(eval_random, family.name, *flags)[0] == 0  # goes on: nothing left to do
+
+
+@only("pixart_alpha", "dit")
+def test_labels_go_on_with_the_same_flags_alone(in_workplace, run_script):
+    """With a text encoder and without."""
+    family, _ = in_workplace
+    flags = label_flags(family)
+    for _ in range(2):
+        assert run_script(eval_random, family.name, *flags)[0] == 0  # the second time nothing is left to do
     code, printed = run_script(eval_random, family.name, *flags, "--res", "128")
     assert code == 2 and ("not 128" in printed or "images of 64 px only" in printed)
 
@@ -94,7 +110,7 @@ def test_activations_act_and_fewer_bits_change_more(in_workplace, run_script):
     family, folder = in_workplace
     images = {}
     for name, flags in {"a16": (), "a8": ("--quant_act",), "a6": ("--quant_act", "--act_bit", 6)}.items():
-        common_flags = ("--model_id", "embedded", "--n_imgs", 4, "--no_compare", "--outdir", name, *QUICK)
+        common_flags = ("--model_id", "embedded", "--n_imgs", 2, "--no_compare", "--outdir", name, *QUICK)
         code, printed = run_script(infer, family.name, *common_flags, *flags)
         assert code == 0, printed
         images[name] = images_of(folder / name).astype(float)
@@ -102,6 +118,7 @@ def test_activations_act_and_fewer_bits_change_more(in_workplace, run_script):
     assert 0 < eight < six
 
 
+@only("dit")
 def test_act_bit_alone_does_nothing(in_workplace, run_script):
     family, folder = in_workplace
     for name, flags in {"plain": (), "bits": ("--act_bit", 6)}.items():
@@ -168,6 +185,8 @@ def test_published_defaults(name, monkeypatch, run_script):
 
 def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
+    denoiser = load_denoiser(FAMILIES["sdxl"], "embedded", torch.device("cpu"))
+    monkeypatch.setattr(multiquantizer, "load_denoiser", lambda *_: denoiser)  # once: fitting leaves it as it is
     parts = FAMILIES["sdxl"].parts
     for prefix in parts:
         code, printed = run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--prefix", prefix)
@@ -184,11 +203,9 @@ def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
     assert code == 2 and "sdxl_embedded_mid_block_mq.pt" in printed
 
 
-def test_clip_score_is_a_seventh_key_only_when_asked_for(workplace, monkeypatch, tmp_path, run_script):
-    family, folder = workplace
-    if family.name != "sdv15":
-        pytest.skip("one family is enough")
-    monkeypatch.chdir(folder)
+@only("sdv15")
+def test_clip_score_is_a_seventh_key_only_when_asked_for(in_workplace, monkeypatch, tmp_path, run_script):
+    family, _ = in_workplace
 
     class FixedScore:
         def __init__(self, model_id, device):
@@ -205,19 +222,16 @@ def test_clip_score_is_a_seventh_key_only_when_asked_for(workplace, monkeypatch,
     assert row["CLIP-score"] == 25.0 and set(row) == {*quant_cache.KEYS, "CLIP-score"}
 
 
-def test_too_few_steps(workplace, monkeypatch, run_script):
+def test_too_few_steps(in_workplace, run_script):
     """diffusers' PixArt-alpha pipeline takes a single step for a distilled model and fails."""
-    family, folder = workplace
-    monkeypatch.chdir(folder)
+    family, _ = in_workplace
     code, printed = run_script(infer, family.name, "--model_id", "embedded", "--n_imgs", 1, "--no_compare", "--steps", 1)
     assert code == (2 if family.name == "pixart_alpha" else 0) and "Traceback" not in printed
 
 
-def test_prompts_file(workplace, monkeypatch, tmp_path, run_script):
-    family, folder = workplace
-    if family.name != "pixart_alpha":
-        pytest.skip("one family is enough")
-    monkeypatch.chdir(folder)
+@only("pixart_alpha")
+def test_prompts_file(in_workplace, tmp_path, run_script):
+    family, _ = in_workplace
     (tmp_path / "prompts.txt").write_text("a red one on a blue page\na green two on white\n")
     flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 3, "--steps", 2, "--outdir", tmp_path / "labels")
     assert run_script(eval_random, family.name, *flags, "--prompts", tmp_path / "prompts.txt")[0] == 0

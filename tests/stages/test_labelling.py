@@ -1,41 +1,27 @@
 """Labelling runs: tasks, proxies, faults, successive halving, workers."""
 
+import contextlib
 import json
 import math
 import resource
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import EVAL, script
+from conftest import EVAL
 from PIL import Image
 from skimage.metrics import structural_similarity
 
 from errors import InputError
-from evaluation import jsonl, quant_cache
+from evaluation import fid, jsonl, quant_cache
 from models.pipelines import Sampler
 from stages import eval_random, halving, labeller
 from stages.labeller import Task
 from stages.parts import Parts
 
 TASKS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2)  # three tasks per configuration
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """The tasks that are measured, as they come."""
-    tasks = []
-    measure = labeller.Labeller.measure
-
-    def counted(self, task, baseline=None):
-        tasks.append(task)
-        return measure(self, task, baseline)
-
-    monkeypatch.setattr(labeller.Labeller, "measure", counted)
-    return tasks
 
 
 def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):
@@ -60,27 +46,18 @@ def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):
     assert np.array_equal(kept, np.stack(pictures[0]))
 
 
-def test_only_what_is_missing_is_measured(mq, tmp_path, run_script, measured):
+def test_only_what_is_missing_is_measured(tmp_path, made_up_labels):
     """A run cut off between tasks goes on from the parts; a damaged or foreign one is measured again."""
-    flags = (*TASKS, "--multi_chkpt", mq, "--num_archs", 1)
-    assert run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "whole")[0] == 0
-    everything = [Task(index, first, first + 4) for index in (None, 0) for first in (0, 4, 8)]
-    assert measured == everything
-    parts, measure = Parts(tmp_path / "cut" / "parts"), labeller.Labeller.measure
-
-    def cut(self, task, baseline=None):
-        if task == Task(0, 8, 12):
-            raise KeyboardInterrupt
-        return measure(self, task, baseline)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labeller.Labeller, "measure", cut)
-        code, printed = run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "cut")
+    flags = (*TASKS, "--num_archs", 1)
+    code, printed, measured = made_up_labels(*flags, "--outdir", tmp_path / "whole")
+    assert code == 0 and measured == [Task(index, first, first + 4) for index in (None, 0) for first in (0, 4, 8)], printed
+    flags = (*flags, "--outdir", tmp_path / "cut")
+    code, printed, _ = made_up_labels(*flags, last=Task(0, 8, 12))
     assert code == 130 and "the same command goes on" in printed and "where the time went" in printed
+    parts = Parts(tmp_path / "cut" / "parts")
     parts.path(Task(0, 0, 4)).write_bytes(parts.path(Task(0, 0, 4)).read_bytes()[:-50])
-    measured.clear()
-    assert run_script(eval_random, "dit", *flags, "--outdir", tmp_path / "cut")[0] == 0
-    assert measured == [Task(0, 0, 4), Task(0, 8, 12)]
+    code, _, measured = made_up_labels(*flags)
+    assert code == 0 and measured == [Task(0, 0, 4), Task(0, 8, 12)]
     for name in ("quant_cache.pkl", "quant_proxies.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not parts.folder.exists()
@@ -94,26 +71,39 @@ def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, r
     assert (tmp_path / "quant_cache.pkl").read_bytes() == (labels / "quant_cache.pkl").read_bytes()
 
 
-def test_lost_full_precision_images_are_drawn_again(labels, mq, tmp_path, run_script, measured):
-    folder = tmp_path / "labels"
-    shutil.copytree(labels, folder)
-    (folder / "full_precision" / "latents.npy").write_bytes(b"")
-    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
-    assert run_script(eval_random, "dit", *flags)[0] == 0
-    assert measured == [Task(None, 0, 12)]
-    for name in ("latents.npy", "images.npy", "features.npy"):
-        assert (folder / "full_precision" / name).read_bytes() == (labels / "full_precision" / name).read_bytes()
+def test_lost_full_precision_images_are_drawn_again(tmp_path, made_up_labels):
+    flags = (*EVAL, "--outdir", tmp_path / "labels", "--num_archs", 1)
+    assert made_up_labels(*flags)[0] == 0
+    folder = tmp_path / "labels" / "full_precision"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name for path in before} == {"latents.npy", "images.npy", "features.npy"}
+    (folder / "latents.npy").write_bytes(b"")
+    code, _, measured = made_up_labels(*flags)
+    assert code == 0 and measured == [Task(None, 0, 12)]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path):
+@contextlib.contextmanager
+def largest_file(count_bytes):
+    """Files of this process may not grow any further."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path, run_script):
     """Files may not grow over 100 kB: full precision's pictures do not fit."""
-    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
-    done = subprocess.run(command, capture_output=True, text=True, **limit)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    message = done.stderr.strip().splitlines()[-1]
+    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
+    fid.digit_reference_folder()  # kept for all runs, and not what is tested
+    with largest_file(100_000):
+        code, printed = run_script(eval_random, "dit", *flags)
+    assert code == 2 and "Traceback" not in printed
+    message = printed.strip().splitlines()[-1]
     assert message.startswith("error:") and "parts/full_precision" in message and "cannot be written" in message
-    subprocess.run(command, capture_output=True, check=True)
+    assert run_script(eval_random, "dit", *flags)[0] == 0
     assert (tmp_path / "quant_cache.pkl").read_bytes() == (labels / "quant_cache.pkl").read_bytes()
 
 
@@ -125,10 +115,11 @@ def test_parts_of_another_length_are_not_used(tmp_path):
     assert parts.load(task) is None
 
 
-def test_halving_measures_the_better_ones_further(labels, mq, tmp_path, run_script, measured):
+def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
     """Of six configurations on 4 images two go on to all 12; their rows are those of a run of all."""
-    flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 6, "--budget_images", 4, "--batch_size", 1)
-    code, printed = run_script(eval_random, "dit", *flags)
+    every = (*TASKS, "--num_archs", 6)
+    flags = (*every, "--outdir", tmp_path, "--budget_images", 4)
+    code, printed, measured = made_up_labels(*flags)
     assert code == 0 and "2 of 6 configurations go on from 4 images to 12" in printed
     lines = jsonl.load(tmp_path / "quant_labels_partial.jsonl")
     assert [(line["configuration"], line["images"]) for line in lines] == [(number, 4) for number in range(1, 7)]
@@ -139,14 +130,13 @@ def test_halving_measures_the_better_ones_further(labels, mq, tmp_path, run_scri
     ]
     rows = quant_cache.load(tmp_path / "quant_cache.pkl")
     assert [line["configuration"] - 1 for line in jsonl.load(tmp_path / "quant_proxies.jsonl")] == better
-    whole = tmp_path / "whole"
-    assert run_script(eval_random, "dit", *flags[:-4], "--batch_size", 1, "--outdir", whole)[0] == 0
-    everything = quant_cache.load(whole / "quant_cache.pkl")
+    assert made_up_labels(*every, "--outdir", tmp_path / "whole")[0] == 0
+    everything = quant_cache.load(tmp_path / "whole" / "quant_cache.pkl")
     assert rows == [everything[index] for index in better]
     # Started again nothing is measured; another schedule is refused.
-    measured.clear()
-    assert run_script(eval_random, "dit", *flags)[0] == 0 and measured == []
-    code, printed = run_script(eval_random, "dit", *flags, "--num_archs", 7)
+    code, _, measured = made_up_labels(*flags)
+    assert code == 0 and measured == []
+    code, printed, _ = made_up_labels(*flags, "--num_archs", 7)
     assert code == 2 and "halving_key [4] of 6, not [4] of 7" in printed
 
 

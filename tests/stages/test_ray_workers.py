@@ -1,40 +1,42 @@
 """Workers by Ray: the same labels whatever their number, errors in one line. Dying workers: tests/stages/test_kills.py."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import script
 
 from stages import eval_random
 from stages.labeller import Task
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray of these tests at a time
 FLAGS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2, "--num_archs", 2)
 
 
-@pytest.mark.parametrize("family", ["dit", "sdv15"])
-def test_labels_do_not_depend_on_the_number_of_workers(mq, tmp_path, family):
-    """Four workers share two configurations of three tasks each."""
-    if family != "dit":
-        mq = tmp_path / "mq.pt"
-        command = script(f"{family}_multiquantizer.py", "--model_id", "embedded", "--output", mq)
-        subprocess.run(command, capture_output=True, check=True)
-    results, more = [], ()
+@pytest.mark.parametrize(
+    ("family", "workers"),
+    [
+        ("dit", 2),
+        pytest.param("dit", 4, marks=pytest.mark.slow),  # more than there are configurations
+        pytest.param("sdv15", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_labels_do_not_depend_on_the_number_of_workers(embedded_mq, tmp_path, run_script, family, workers):
+    """They share two configurations of three tasks each; without any a process has one thread here, as a worker has."""
+    results, more_prompts = [], ()
     if family != "dit":
         (tmp_path / "prompts.txt").write_text("a red seven\n" + "many words " * 100)
-        more = ("--prompts", tmp_path / "prompts.txt")
-    for workers in (1, 2, 4) if family == "dit" else (1, 2):
-        folder = tmp_path / str(workers)
-        flags = (*FLAGS, *more, "--multi_chkpt", mq, "--outdir", folder, "--workers", workers)
-        command = script(f"{family}_eval_random.py", *flags)
-        subprocess.run(command, capture_output=True, check=True)
+        more_prompts = ("--prompts", tmp_path / "prompts.txt")
+    for name, more in {"alone": (), "shared": ("--workers", workers)}.items():
+        folder = tmp_path / name
+        flags = (*FLAGS, "--multi_chkpt", embedded_mq(family), "--outdir", folder, *more_prompts)
+        code, printed = run_script(eval_random, family, *flags, *more)
+        assert code == 0, printed
         results.append([(folder / name).read_bytes() for name in ("quant_cache.pkl", "quant_proxies.jsonl")])
-        log = (folder / "run.log").read_text()
-        assert "left until 2 configurations are labelled, on 12 images each" in log
-        assert log.count("part of your input was truncated because CLIP can only handle") == len(more) // 2
-        assert f"{workers} workers, each on one thread of a CPU" in log and "where the time went" in log
-    assert all(result == results[0] for result in results)
+    assert results[0] == results[1]
+    log = (folder / "run.log").read_text()
+    assert f"{workers} workers, each on one thread of a CPU" in log and "where the time went" in log
+    assert "left until 2 configurations are labelled, on 12 images each" in log
+    assert log.count("part of your input was truncated because CLIP can only handle") == len(more_prompts) // 2
 
 
 def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):

@@ -5,14 +5,11 @@ import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL, ROOT, script
+from conftest import EVAL, ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -53,21 +50,6 @@ def test_what_stands_beside_the_cache(labels):
     table = (labels / "run.log").read_text().partition("where the time went")[2]
     for phase in ("denoise", "decode", "features", "FID", "quantize", "write"):
         assert re.search(rf"^{phase} .* s .*%$", table, re.MULTILINE), phase
-
-
-def test_killed_and_resumed_equals_undisturbed(labels, mq, tmp_path):
-    """SIGKILL after the first row is saved: no row is lost, and the resumed cache is byte for byte the same."""
-    cache = tmp_path / "quant_cache.pkl"
-    command = script("dit_eval_random.py", *EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while not cache.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    kept = len(quant_cache.load(cache))
-    assert 1 <= kept <= 3
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert cache.read_bytes() == (labels / "quant_cache.pkl").read_bytes()
 
 
 def test_more_configurations_go_on_from_the_old_ones(labels, mq, tmp_path, run_script):
