@@ -184,7 +184,7 @@ def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, r
 
     monkeypatch.setattr(infer, "load_for", load_for)
     flags = ("--model_id", "embedded", *flags)
-    code, lines = ends(lambda: common.run_stage(infer.main, "sdxl"), monkeypatch, capsys, *flags)
+    code, lines = ends(lambda: run_main(lambda: infer.main(FAMILIES["sdxl"])), monkeypatch, capsys, *flags)
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: out of memory (") and lines[0].endswith(f"; what takes less: {advice}")
 
