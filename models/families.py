@@ -89,6 +89,7 @@ class Family:
         return torch.finfo(self.dtype).bits
 
 
+PUBLISHED_CONFIGS = "https://github.com/Ascend-Research/Qua2SeDiMo"  # the paper's repository
 NO_BINNING = ("use_resolution_binning", False)  # images of just the size asked for
 AS_WRITTEN = ("clean_caption", False)  # cleaning captions needs packages that rewrite no plain prompt
 # PNDM without its Runge-Kutta steps is PLMS (Liu et al., 2022), as CompVis' program samples.

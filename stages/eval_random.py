@@ -20,7 +20,7 @@ from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
 from stages.library_notes import Once, into_run_log, library_notes
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
-from stages.sampling import add_sampling_flags, check_offload, check_sampling, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, parse_sampling
 from stages.workers import needs_ray, start_workers
 
 # What images depend on.
@@ -75,8 +75,7 @@ def main(family):
 def check_first(args, family, device):
     """InputError for what flags and small files tell to be wrong, before anything large is read."""
     needs_ray(args)
-    check_sampling(args, family)
-    check_offload(args, device)
+    check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
     for spec in args.q_config:
         config.check_file(spec, entries, family)

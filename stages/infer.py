@@ -11,6 +11,7 @@ from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
 from evaluation.images import save_png
 from models.components import quiet_loading
+from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, pick_device
 from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
@@ -18,7 +19,7 @@ from quant.storage import remove_leftovers
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
-from stages.sampling import add_sampling_flags, load_for, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
@@ -30,6 +31,7 @@ def main(family):
     args = parse_args(family)
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
+    check_first(args, family, device)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     args.q_config_key = config.spec_key(args.q_config)
     chosen = args.cls_id if family.num_classes else args.prompt
@@ -44,6 +46,18 @@ def main(family):
             if (folder / SETTINGS).exists():
                 stop.args = (f"`--run {folder.name}` with the same flags goes on",)
             raise
+
+
+def check_first(args, family, device):
+    """InputError for what flags and small files tell to be wrong, before anything large is read."""
+    if args.q_config == family.q_config and not Path(args.q_config).is_file():
+        raise InputError(
+            f"{args.q_config}: no such file; it comes with the paper's repository ({PUBLISHED_CONFIGS}), others are made by "
+            "build_config.py or labelled (quant_cache.pkl:best); `--q_config uniform:mse-4` needs none"
+        )
+    entries = multiquantizer.read(args.multi_chkpt, family)
+    config.check_file(args.q_config, entries, family)
+    check_sampling(args, family, device)
 
 
 @contextlib.contextmanager

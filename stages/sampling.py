@@ -6,7 +6,7 @@ from pathlib import Path
 
 from errors import InputError
 from models import schedulers
-from models.facts import native_pixels, num_classes, own_scheduler
+from models.facts import native_pixels, num_classes, open_model, own_scheduler
 from models.lora import open_lora
 from models.pipelines import (
     OFFLOADS,
@@ -126,12 +126,16 @@ def _fill_steps(args, row, guidance, few_step):
         args.guidance = schedulers.NO_GUIDANCE if few_step else own
 
 
-def check_sampling(args, family):
-    """InputError if a flag is not for this model, as its small files tell."""
+def check_sampling(args, family, device):
+    """InputError if a flag is not for this model, as its small files tell, or not for the device."""
+    if args.offload != "none" and device.type == "cpu":
+        raise InputError(f"--offload {args.offload}: is for GPUs, whose memory it saves; leave it out on the CPU")
     source = model_of(family, args.model_id)
     native = native_pixels(family, source)
     if family.num_classes and args.res is not None and height_width(args.res) != native:
         raise InputError(f"--res {args.res}: {args.model_id} makes images of {native[0]} px only")
+    if getattr(args, "refiner_id", None):
+        _check_refiner(args, family)
     longest = own_scheduler(source)[1].get("num_train_timesteps", 1000)
     if args.steps > longest:
         raise InputError(f"--steps {args.steps}: {args.model_id} has {longest} noise levels to step through")
@@ -139,6 +143,15 @@ def check_sampling(args, family):
         log.warning(
             "--res %s: %s is made for %dx%d px; images of another size may be poor", args.res, args.model_id, *native
         )
+
+
+def _check_refiner(args, family):
+    try:
+        open_model(family, args.refiner_id, family.refiner.pipeline)
+    except InputError as reason:
+        raise InputError(
+            f"the refiner: {reason}; name another with --refiner_id, or leave it out with --no_refiner"
+        ) from None
 
 
 def _published(args, family):
@@ -163,27 +176,18 @@ def extras_of(args):
     )
 
 
-def check_offload(args, device):
-    if args.offload != "none" and device.type == "cpu":
-        raise InputError(f"--offload {args.offload}: is for GPUs, whose memory it saves; leave it out on the CPU")
-
-
 def load_for(args, family, device, prompts=None, place=True):
-    """The sampler that the flags ask for, which can draw `prompts`, encoded and its text encoders released.
+    """The sampler that `check_sampling` has found to be possible: it can draw `prompts`, its text encoders are released.
 
-    Without `prompts` it has its text encoders. InputError if a flag is not for this model.
+    Without `prompts` it has its text encoders.
     """
     if prompts is None or family.num_classes:
-        check_sampling(args, family)
-        check_offload(args, device)
         return load_sampler(family, args.model_id, device, extras_of(args), place=place)
     return load_encoded(args, family, device, encode_for(args, family, device, prompts), place)
 
 
 def load_encoded(args, family, device, embeddings, place=True):
     """The sampler that the flags ask for, without text encoders: it draws the prompts whose embeddings are given."""
-    check_sampling(args, family)
-    check_offload(args, device)
     sampler = load_sampler(family, args.model_id, device, extras_of(args), text_encoders=False, place=place)
     remember(sampler, embeddings)
     return sampler
@@ -191,8 +195,6 @@ def load_encoded(args, family, device, embeddings, place=True):
 
 def encode_for(args, family, device, prompts):
     """The prompts' embeddings, by text encoders that are loaded for nothing else."""
-    check_sampling(args, family)
-    check_offload(args, device)
     encoder = load_encoder(family, args.model_id, device, extras_of(args))
     embeddings = encode_prompts(encoder, prompts, args.guidance, args.res)
     del encoder

@@ -93,7 +93,7 @@ def measured(args, family, avg_bits):
     """
     family = in_precision(family, args.dtype)
     device, prompts = pick_device(args.device), prompts_for(args, family)
-    check_sampling(args, family)
+    check_sampling(args, family, device)
     args.prompts_key = prompt_files.key(prompts)
     args.hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
     entries = multiquantizer.read(args.multi_chkpt, family)

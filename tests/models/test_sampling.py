@@ -14,7 +14,7 @@ from models.layers import find_slots
 from models.pipelines import Extras, load_encoder, load_sampler
 from models.prompt_memo import encode_prompts, remember
 from stages.common import in_precision, parser_for
-from stages.sampling import add_sampling_flags, check_sampling, extras_of, load_for, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, extras_of, parse_sampling
 
 
 @pytest.fixture
@@ -56,12 +56,12 @@ def test_the_models_own_classes_and_size(parse, tmp_path):
     copy.change_json("transformer/config.json", sample_size=32, num_embeds_ada_norm=20)
     args = parse("dit", "--model_id", copy)
     assert args.res is None and args.num_classes == 20
-    check_sampling(args, copy.family)
+    check_sampling(args, copy.family, CPU)
     args.res = 256
-    check_sampling(args, copy.family)
+    check_sampling(args, copy.family, CPU)
     args.res = 512
     with pytest.raises(InputError, match="makes images of 256 px only"):
-        check_sampling(args, copy.family)
+        check_sampling(args, copy.family, CPU)
 
 
 def test_a_size_far_from_its_own_is_warned_of(parse, tmp_path, caplog):
@@ -69,7 +69,7 @@ def test_a_size_far_from_its_own_is_warned_of(parse, tmp_path, caplog):
     copy.change_json("unet/config.json", sample_size=128)
     for size, warned in ((1024, False), ("768x1344", False), (512, True), ("256x256", True), (2048, True)):
         caplog.clear()
-        check_sampling(parse("sdxl", "--model_id", copy, "--res", size), copy.family)
+        check_sampling(parse("sdxl", "--model_id", copy, "--res", size), copy.family, CPU)
         assert ("made for 1024x1024 px" in caplog.text) == warned, size
 
 
@@ -172,7 +172,7 @@ def test_two_pipelines_that_share_a_model_hook_it_once():
 def test_offload_is_for_gpus(parse):
     args = parse("dit", "--model_id", "embedded", "--offload", "model")
     with pytest.raises(InputError, match="--offload model: is for GPUs"):
-        load_for(args, FAMILIES["dit"], CPU)
+        check_sampling(args, FAMILIES["dit"], CPU)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdv15"])
