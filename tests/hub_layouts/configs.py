@@ -73,7 +73,7 @@ PIXART = XL2 | {
     "norm_eps": 1e-06,
     "norm_type": "ada_norm_single",
 }
-SNAPSHOT = "/home/patrick/.cache/huggingface/hub/models--diffusers--PixArt-XL-2-512x512/snapshots"
+SNAPSHOT = "/home/someone/.cache/huggingface/hub/models--diffusers--PixArt-XL-2-512x512/snapshots"
 
 
 def _vae(version, **more):

@@ -14,7 +14,7 @@ def hub_cache(home, repo_id, folder, files=None, listing=False):
     """Lay a folder's files (all, or those named) into the cache below `home` as a download leaves them.
 
     Contents are in `blobs` by their hash, `snapshots/<revision>` links to them, `refs/main` names the revision.
-    With `listing`, `trees/<revision>.json` names all the repository's files, as huggingface_hub writes since version 1.
+    With `listing`, `trees/<revision>.json` names all files of the folder, as newer versions of huggingface_hub write it.
     Gives the snapshot's path.
     """
     repository = home / "hub" / f"models--{repo_id.replace('/', '--')}"

@@ -22,7 +22,7 @@ MISSING = [
     "pixart_sigma/tokenizer/spiece.model",
     "hunyuan/tokenizer/vocab.txt",
     "hunyuan/text_encoder/model.safetensors",
-    "sdxl/tokenizer_2/vocab.json",
+    "sdxl/tokenizer/vocab.json",  # one blob with tokenizer_2's
     "sdxl/tokenizer/merges.txt",
     "dit/transformer/diffusion_pytorch_model.bin",
 ]

@@ -179,7 +179,7 @@ def test_a_denoiser_in_shards(some_files, placed, whole, where):
 
 @pytest.mark.parametrize("where", PLACES)
 def test_fp16_shards_in_their_older_names(some_files, placed, whole, where):
-    """transformers before 4.45 put the variant behind the number; its index tells."""
+    """The variant behind the number; the index tells."""
     folder = some_files("pixart_alpha", half("pixart_alpha"))
     index = folder / "text_encoder" / "model.safetensors.index.fp16.json"
     content = json.loads(index.read_text())
