@@ -18,6 +18,7 @@ from errors import InputError, first_line, lacks_memory, system_reason
 
 DEBUG = "--debug"
 BROKEN_PIPE = 141  # exit code, as shells have it
+RUST_PANIC = "PanicException"  # of tokenizers and safetensors: no Exception, and of no module that could be imported
 # What makes a run take less memory, in the order in which to try it: flag, how it is said, values that are it already.
 LESS_MEMORY = (
     ("--batch_size", "a smaller --batch_size", (1,)),
@@ -25,6 +26,7 @@ LESS_MEMORY = (
     ("--offload", "--offload model or sequential", ("sequential",)),
     ("--pack", "--pack", (True,)),
     ("--no_refiner", "--no_refiner", (True,)),
+    ("--vae_tiling", "--vae_tiling", (True,)),
     ("--res", "a smaller --res", ()),
     ("--device", "--device cpu", ("cpu",)),
 )
@@ -79,15 +81,17 @@ def run_main(main):
     except BrokenPipeError:
         drop_output()
         sys.exit(BROKEN_PIPE)
-    except Exception as reason:
-        if DEBUG in sys.argv[1:]:
-            show_whole(reason)
-        print(f"error: {explanation(reason)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as stop:
         way_on = stop.args[0] if stop.args else "the same command goes on"
         print(f"stopped after {time.monotonic() - start:.0f} s; {way_on}", file=sys.stderr)
         sys.exit(130)
+    except BaseException as reason:
+        if not isinstance(reason, Exception) and type(reason).__name__ != RUST_PANIC:
+            raise
+        if DEBUG in sys.argv[1:]:
+            show_whole(reason)
+        print(f"error: {explanation(reason)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def silence():

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from models.families import FAMILIES
 from stages import common, infer
 from stages.run import OneLineParser, run_main
 
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 CUDA = "CUDA out of memory. Tried to allocate 160.00 MiB. GPU 0 has a total capacity of 7.78 GiB\nmore"
 
 
@@ -86,7 +88,7 @@ def test_debug_shows_the_traceback_with_what_was_hidden(monkeypatch, capsys):
     assert ends(main, monkeypatch, capsys) == (2, ["error: x.pt: damaged"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_runs_a_stage_by_its_name(path):
     """That is what gives a script --debug and its one line, failures to import included."""
     stage, *families = [word.strip('",') for word in path.read_text().partition("run_script(")[2].rstrip(")\n").split()]
@@ -102,9 +104,29 @@ def test_a_package_that_is_not_there_is_one_line(tmp_path):
     assert done.stderr.startswith("error: No module named 'torch'; `pip install -e .` in the project's folder installs")
 
 
+@pytest.mark.parametrize("name", sorted({path.read_text().split('run_script("')[1].split('"')[0] for path in SCRIPTS}))
+def test_every_stage_has_the_flag(monkeypatch, capsys, name):
+    stage = importlib.import_module(f"stages.{name}")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        stage.main(*([FAMILIES["sdxl"]] if name in ("multiquantizer", "eval_random", "infer") else []))
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_a_rust_panic_is_one_line_and_other_endings_pass(monkeypatch, capsys):
+    panic = type("PanicException", (BaseException,), {})("called `Option::unwrap()` on a `None` value")
+    assert ends(raising(panic), monkeypatch, capsys)[1][0].startswith("error: unexpected PanicException: called")
+    with pytest.raises(GeneratorExit):
+        run_main(raising(GeneratorExit()))
+    assert ends(raising(SystemExit(3)), monkeypatch, capsys) == (3, [])
+
+
 def test_interrupted(monkeypatch, capsys):
     code, lines = ends(raising(KeyboardInterrupt()), monkeypatch, capsys)
-    assert code == 130 and len(lines) == 1 and lines[0].startswith("stopped after 0 s")
+    assert code == 130 and lines == ["stopped after 0 s; the same command goes on"]
+    assert ends(raising(KeyboardInterrupt("nothing is kept")), monkeypatch, capsys)[1] == [
+        "stopped after 0 s; nothing is kept"
+    ]
 
 
 def test_a_reader_that_goes_away_ends_a_script_quietly():
@@ -173,9 +195,18 @@ def test_other_errors_are_no_lack_of_memory():
 @pytest.mark.parametrize(
     ("flags", "reason", "advice"),
     [
-        ((), torch.OutOfMemoryError(CUDA), "a smaller --batch_size, --pack, --no_refiner, a smaller --res, --device cpu"),
-        (("--batch_size", "1", "--pack"), torch.OutOfMemoryError(CUDA), "--no_refiner, a smaller --res, --device cpu"),
-        (("--no_refiner",), MemoryError(), "a smaller --batch_size, --pack, a smaller --res"),
+        (
+            (),
+            torch.OutOfMemoryError(CUDA),
+            "a smaller --batch_size, --offload model or sequential, --pack, --no_refiner, --vae_tiling, a smaller --res, "
+            "--device cpu",
+        ),
+        (
+            ("--batch_size", "1", "--pack", "--offload", "sequential", "--vae_tiling"),
+            torch.OutOfMemoryError(CUDA),
+            "--no_refiner, a smaller --res, --device cpu",
+        ),
+        (("--no_refiner",), MemoryError(), "a smaller --batch_size, --pack, --vae_tiling, a smaller --res"),
     ],
 )
 def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, reason, advice):
