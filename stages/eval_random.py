@@ -18,7 +18,7 @@ from stages.common import at_least, in_precision, log, parser_for, share
 from stages.forecast import check_disk
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
-from stages.library_notes import Once, into_run_log, library_notes
+from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
 from stages.sampling import add_sampling_flags, check_sampling, parse_sampling
 from stages.workers import needs_ray, start_workers
@@ -88,13 +88,10 @@ def run(family, args, device, image_prompts):
     check_same_run(args, settings)
     start_log(args.outdir)
     check_disk(args, family, device)
-    notes = Once(into_run_log)
-    with library_notes(notes):
+    with notes_in_run_log(args.outdir):
         rows, full_precision = label(args, settings, Job(family.name, args, image_prompts), device)
     table = "\n".join(results_table(rows, full_precision))
     save_text(table + "\n", args.outdir / "results.txt")
-    if notes.said:
-        log.info("warnings of libraries: %d, in %s", len(notes.said), args.outdir / "run.log")
     log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 

@@ -17,14 +17,14 @@ from quant import config, modules, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.storage import remove_leftovers
 from stages.common import at_least, in_precision, log, parser_for, utf8
+from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, show_steps
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
 FREE_FLAGS = {"outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug", "multi_chkpt"}
-STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
 
 
 def main(family):
@@ -41,7 +41,8 @@ def main(family):
         check_same_run(args, folder)
         start_log(folder)
         try:
-            run(family, args, device, prompts, folder)
+            with notes_in_run_log(folder):
+                run(family, args, device, prompts, folder)
         except KeyboardInterrupt as stop:
             if (folder / SETTINGS).exists():
                 stop.args = (f"`--run {folder.name}` with the same flags goes on",)
@@ -136,12 +137,6 @@ def quantize(args, denoiser, configuration, parts, slots, entries):
 def place(sampler, device):
     with quiet_loading():
         sampler.place(device)
-
-
-def show_steps(sampler):
-    """A bar of steps below that of images, where a batch takes long."""
-    for pipeline in sampler.pipelines:
-        pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, delay=STEP_BAR_SECONDS)
 
 
 def finish(rows, folder):

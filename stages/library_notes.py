@@ -31,6 +31,16 @@ def into_run_log(note):
 
 
 @contextlib.contextmanager
+def notes_in_run_log(folder):
+    """What libraries have to say goes into the log of the run in `folder`; at its end the screen tells how much."""
+    notes = Once(into_run_log)
+    with library_notes(notes):
+        yield
+    if notes.said:
+        log.info("warnings of libraries: %d, in %s", len(notes.said), folder / "run.log")
+
+
+@contextlib.contextmanager
 def library_notes(keep):
     """Warnings of Python and of libraries' loggers go to `keep`, one line each, instead of to the screen."""
     handler = logging.Handler(logging.WARNING)

@@ -24,6 +24,7 @@ from quant.memory import return_free_memory
 from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
 
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
+STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
 FAR = 1.5  # times more or fewer pixels per side than a model is made for
 
 
@@ -191,6 +192,12 @@ def load_encoded(args, family, device, embeddings, place=True):
     sampler = load_sampler(family, args.model_id, device, extras_of(args), text_encoders=False, place=place)
     remember(sampler, embeddings)
     return sampler
+
+
+def show_steps(sampler):
+    """A bar of steps below that of images, where a batch takes long."""
+    for pipeline in sampler.pipelines:
+        pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, delay=STEP_BAR_SECONDS)
 
 
 def encode_for(args, family, device, prompts):

@@ -3,7 +3,6 @@
 Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from stages.common import (
 from stages.eval_random import IMAGE_FLAGS, prompts_for
 from stages.forecast import as_time
 from stages.library_notes import Once, library_notes
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, show_steps
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")
@@ -93,9 +92,10 @@ def measured(args, family, avg_bits):
     """
     family = in_precision(family, args.dtype)
     device, prompts = pick_device(args.device), prompts_for(args, family)
-    check_sampling(args, family, device)
     args.prompts_key = prompt_files.key(prompts)
     args.hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
+    args.refiner_id = None  # it is never asked
+    check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     if entries is not None:
@@ -115,8 +115,8 @@ def measure_missing(args, family, device, prompts, keys, known):
     """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries."""
     from autobuild.sensitivity import Probe, record_calls
 
-    unrefined = argparse.Namespace(**vars(args) | {"refiner_id": None})  # it is never asked
-    sampler = load_for(unrefined, family, device, prompts)
+    sampler = load_for(args, family, device, prompts)
+    show_steps(sampler)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, args, args.calls), args)
     parts = modules.install(sampler.denoiser, family, slots)

@@ -3,6 +3,7 @@
 from models import prompt_memo
 from stages.common import check_extra
 from stages.labeller import Labeller, encode
+from stages.sampling import show_steps
 
 
 def needs_ray(args):
@@ -30,6 +31,7 @@ class ThisProcess:
 
     def __init__(self, job, device, extractor, stored_prompts, watch):
         self.labeller = Labeller(job, device, known_prompts(job, device, stored_prompts, watch), extractor)
+        show_steps(self.labeller.sampler)
 
     def describe(self, indices):
         return self.labeller.describe(indices)

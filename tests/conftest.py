@@ -255,8 +255,13 @@ def dit_inputs():
 
 @pytest.fixture
 def run_script():
-    """Run a stage by its family's script; returns (exit code, printed text)."""
-    return lambda stage, family_name, *flags: run_here(f"{family_name}_{stage.__name__.split('.')[-1]}.py", *flags)
+    """Run a stage by its family's script, or by that of all families if none is named: (exit code, printed text)."""
+
+    def run(stage, family_name, *flags):
+        name = stage.__name__.split(".")[-1]
+        return run_here(f"{family_name}_{name}.py" if family_name else f"{name}.py", *flags)
+
+    return run
 
 
 @pytest.fixture

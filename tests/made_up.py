@@ -9,6 +9,8 @@ METRICS = ("latent_mse", "image_mse", "psnr", "ssim")
 class MadeUpWorkers:
     """As those of stages/workers.py are; what they measure follows from the configuration's and the image's number."""
 
+    count = 1
+
     def __init__(self, last=None):
         self.measured, self.last = [], last  # the tasks, as they come; the one at which the user breaks off
 
@@ -22,11 +24,12 @@ class MadeUpWorkers:
         rows = {"quantized_size": 4, "avg_bits": 4.0, "quantized_error": 0.5, "bops": 1.0}
         return [rows | {"config": {"model.a.weight_quantizer": [f"mse-{index}", 16, 4, 0.5]}} for index in indices]
 
-    def run(self, tasks, baseline=None):
+    def run(self, tasks, baseline, drawn):
         for task in tasks:
             if task == self.last:
                 raise KeyboardInterrupt
             self.measured.append(task)
+            drawn(task.count)
             yield task, make_up(task, baseline), {}
 
 
