@@ -15,7 +15,7 @@ from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
 from quant.storage import load_checkpoint
-from stages import eval_random, sampling
+from stages import eval_random, sampling, score_sources
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"
 ROWS = 60
@@ -139,7 +139,16 @@ def test_a_predictor_of_another_family(trained, tmp_path):
     assert code == 2 and "--avg_bits goes with --choice knapsack" in printed
 
 
-def test_without_labels(mq, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_without_labels(mq, tmp_path, monkeypatch, every):
+    """One weight of so many is measured, and those after it are said to be like it, which saves most of the time."""
+    measure, measured = score_sources.measure, []
+
+    def sparing(*args):
+        measured.append(measure(*args) if len(measured) % every == 0 else measured[-1])
+        return measured[-1]
+
+    monkeypatch.setattr(score_sources, "measure", sparing)
     said, output = tmp_path / "said.pt", tmp_path / "c.pkl"
     flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 2)
     flags += ("--n_imgs", 1, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
@@ -147,12 +156,13 @@ def test_without_labels(mq, tmp_path, monkeypatch):
     assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed
     assert re.search(r"about .* left for 200 weights; it takes less with a lower --n_imgs or --calls", printed)
     whole, first = load_checkpoint(said), output.read_bytes()
-    assert len(whole["weights"]) == 201
+    assert len(whole["weights"]) == len(measured) == 201
+    measured.clear()
     torch.save(whole | {"weights": dict(list(whole["weights"].items())[:150])}, said)  # as an interrupted run leaves it
     output.unlink()
     code, printed = run_here("build_config.py", *flags)
     again = load_checkpoint(said)
-    assert code == 0 and list(again["weights"]) == list(whole["weights"])
+    assert code == 0 and list(again["weights"]) == list(whole["weights"]) and len(measured) == 51
     torch.testing.assert_close(again["weights"], whole["weights"], rtol=0, atol=0)
     assert output.read_bytes() == first
     monkeypatch.setattr(sampling, "load_sampler", lambda *_args, **_kwargs: pytest.fail("loaded, though all is known"))

@@ -1,7 +1,7 @@
 """Kill a labelling run at random moments, start it again until it is done, and find the undisturbed labels.
 
-Each kill is a SIGKILL of the run, or, with Ray, of the run or one of its workers. There are a few in each way;
-`KILLS=50 pytest -s tests/stages/test_kills.py` makes more.
+Each kill is a SIGKILL of the run, or, with Ray, of the run or one of its workers. There is one in each way, and a few in
+the long tests, or more: `KILLS=50 pytest -s tests/stages/test_kills.py`. Endings at each write are in test_interruptions.py.
 """
 
 import contextlib
@@ -15,27 +15,29 @@ import time
 
 import psutil
 import pytest
-from conftest import EVAL, script
+from conftest import EVAL, run_here, script
 
-KILLS = int(os.environ.get("KILLS", 2))
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray of these tests at a time
+KILLS = int(os.environ.get("KILLS", 5))
 SEED = int(os.environ.get("KILLS_SEED", 0))
 SMALL_TASKS = ("--batch_size", 2, "--num_archs", 3)  # two tasks per configuration
 RESULTS = ("quant_cache.pkl", "quant_proxies.jsonl", "full_precision.json", "results.txt")
 SLEEP = shutil.which("sleep")
-SECONDS = 8  # that a run takes once its log is begun, about
+CHANGES, SECONDS = 25, 0.3  # a kill comes after so many changes of the run's files, and so long, at most
+SCRIPT = "pixart_alpha_eval_random.py"
+
+
+def flags_of(embedded_mq, folder):
+    return *EVAL, *SMALL_TASKS, "--multi_chkpt", embedded_mq("pixart_alpha"), "--outdir", folder
 
 
 @pytest.fixture(scope="module")
-def pixart_mq(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mq") / "pixart_mq.pt"
-    command = script("pixart_alpha_multiquantizer.py", "--model_id", "embedded", "--output", path)
-    subprocess.run(command, capture_output=True, check=True)
-    return path
-
-
-def command_of(mq, folder, workers):
-    more = ("--workers", workers) if workers else ()
-    return script("pixart_alpha_eval_random.py", *EVAL, *SMALL_TASKS, "--multi_chkpt", mq, "--outdir", folder, *more)
+def undisturbed(embedded_mq, tmp_path_factory):
+    """The labels of a run without workers, which with them are the same: all have one thread."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, printed = run_here(SCRIPT, *flags_of(embedded_mq, folder))
+    assert code == 0, printed
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +73,30 @@ def kill_someone(run, chance):
     return True
 
 
+def listing(folder):
+    """Names and times of the files below `folder`, whatever comes and goes meanwhile."""
+    found = set()
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_mtime_ns))
+    return frozenset(found)
+
+
+def wait_for_changes(process, folder, count):
+    """Until the process has ended, or files below `folder` were written or deleted so many times."""
+    seen = {listing(folder)}
+    while process.poll() is None and len(seen) <= count:
+        seen.add(listing(folder))
+        time.sleep(0.005)
+
+
 def run_disturbed(command, folder, chance, kills_left):
     """Run until done, killed at random moments meanwhile; returns the number of kills."""
     kills = 0
     while True:
-        log = folder / "run.log"
-        size = log.stat().st_size if log.exists() else 0
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and not (log.exists() and log.stat().st_size > size) and kills < kills_left:
-                time.sleep(0.01)
             while process.poll() is None and kills < kills_left:
+                wait_for_changes(process, folder, chance.randint(1, CHANGES))
                 time.sleep(chance.uniform(0, SECONDS))
                 if process.poll() is None:
                     kills += 1
@@ -106,13 +122,14 @@ def test_workers_of_others_are_not_picked(stranger):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_killed_at_any_moment_nothing_is_lost(tmp_path, pixart_mq, stranger, workers):
-    undisturbed = tmp_path / "undisturbed"
-    subprocess.run(command_of(pixart_mq, undisturbed, workers), capture_output=True, check=True)
+@pytest.mark.parametrize("most", [1, pytest.param(KILLS, marks=pytest.mark.slow)], ids=["once", "often"])
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, embedded_mq, undisturbed, stranger, most, workers):
     chance, kills, runs = random.Random(SEED), 0, 0
-    while kills < KILLS:
+    while kills < most:
         folder = tmp_path / str(runs)
-        kills += run_disturbed(command_of(pixart_mq, folder, workers), folder, chance, KILLS - kills)
+        folder.mkdir()
+        command = script(SCRIPT, *flags_of(embedded_mq, folder), *(("--workers", workers) if workers else ()))
+        kills += run_disturbed(command, folder, chance, most - kills)
         runs += 1
         for name in RESULTS:
             assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), f"{name} after {kills} kills"
