@@ -13,7 +13,7 @@ from models.families import FAMILIES
 from models.layers import find_slots, free_keys, key_of
 from quant import config
 from stages import plot_dag
-from stages.common import run_main
+from stages.run import run_main
 
 UNKNOWN_FAMILY = SimpleNamespace(ties=(), splits=(), skips=(), key_names="diffusers")
 
