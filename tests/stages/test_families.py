@@ -151,7 +151,7 @@ def test_published_names_of_flags(monkeypatch, run_script):
     """sdv15 has the published names of its flags beside the project's own."""
     seen = {}
     monkeypatch.setattr(
-        infer, "load_for", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
     )
     flags = ("--ckpt", "embedded", "--ddim_steps", 7, "--ddim_eta", 0.0, "--scale", 3.5, "--res", 64, "--seed", 3)
     code, printed = run_script(infer, "sdv15", *flags)
@@ -166,7 +166,7 @@ def test_published_defaults(name, monkeypatch, run_script):
     """Without flags the published prompts, sizes, steps, guidance, file names are asked for."""
     seen = {}
     monkeypatch.setattr(
-        infer, "load_for", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
     )
     run_script(infer, name)
     family = FAMILIES[name]
@@ -215,7 +215,8 @@ def test_clip_score_is_a_seventh_key_only_when_asked_for(in_workplace, monkeypat
             assert len(images) == len(prompts) == 2
             return np.array([20.0, 30.0])
 
-    monkeypatch.setattr(labeller, "ClipScore", FixedScore)
+    for module in (labeller, eval_random):
+        monkeypatch.setattr(module, "ClipScore", FixedScore)
     flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 2, "--steps", 1, "--outdir", tmp_path, "--clip_score")
     assert run_script(eval_random, family.name, *flags)[0] == 0
     (row,) = quant_cache.load(tmp_path / "quant_cache.pkl")

@@ -210,10 +210,10 @@ def test_other_errors_are_no_lack_of_memory():
     ],
 )
 def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, reason, advice):
-    def load_for(args, *_):
+    def check_first(args, *_):
         raise reason
 
-    monkeypatch.setattr(infer, "load_for", load_for)
+    monkeypatch.setattr(infer, "check_first", check_first)
     flags = ("--model_id", "embedded", *flags)
     code, lines = ends(lambda: run_main(lambda: infer.main(FAMILIES["sdxl"])), monkeypatch, capsys, *flags)
     assert code == 2 and len(lines) == 1

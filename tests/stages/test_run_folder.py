@@ -50,23 +50,19 @@ def test_settings_of_former_versions_are_read(tmp_path):
     assert read_settings(path) == flags
 
 
-def test_infer_keeps_its_prompts_as_they_are_and_before_anything_is_drawn(tmp_path, run_script, monkeypatch):
+def test_infer_keeps_its_prompts_as_they_are_and_before_anything_is_drawn(tmp_path, run_script, monkeypatch, embedded_mq):
     """Settings stand in the folder when the first image is asked for."""
     seen = []
 
-    def generate(sampler, prompts, args, name):
-        (folder,) = tmp_path.iterdir()
-        seen.append((prompts, read_settings(folder / "sampling_config.yaml").prompt))
+    def draw(pictures, *_):
+        settings = read_settings(pictures.folder.parent / "sampling_config.yaml")
+        seen.append((pictures.prompts, settings.prompt))
         raise InputError("enough")
 
-    monkeypatch.setattr(infer, "load_for", lambda *_: SimpleNamespace(denoiser=None))
-    monkeypatch.setattr(infer.multiquantizer, "load", lambda *_: ({}, {}))
-    for name in ("load", "describe", "avg_bits", "quantized_size"):
-        monkeypatch.setattr(infer.config, name, lambda *_: 0)
-    monkeypatch.setattr(infer.modules, "install", lambda *_: {})
-    monkeypatch.setattr(infer, "generate", generate)
+    monkeypatch.setattr(infer.Pictures, "draw", draw)
     prompts = ["a ${season} landscape", "???", "null"]
-    code, printed = run_script(infer, "sdxl", "--model_id", "embedded", "--outdir", tmp_path, "--prompt", *prompts)
+    flags = ("--model_id", "embedded", "--multi_chkpt", embedded_mq("pixart_alpha"), "--outdir", tmp_path)
+    code, printed = run_script(infer, "pixart_alpha", *flags, "--prompt", *prompts)
     assert code == 2 and printed.strip().endswith("error: enough") and seen == [(prompts, prompts)]
 
 
