@@ -14,7 +14,7 @@ from PIL import Image
 from evaluation import images
 from models.pipelines import Sampler
 from quant.modules import QuantLayer
-from stages import infer, pictures
+from stages import infer, pictures, sampling
 from stages.run_folder import only_run_in
 
 COUNT = 5
@@ -197,6 +197,6 @@ def test_weights_are_quantized_before_they_are_placed_and_held_once(run_infer, m
 
 @pytest.mark.parametrize("seconds", [0, 5])
 def test_steps_are_shown_where_a_batch_takes_long(run_infer, monkeypatch, seconds):
-    monkeypatch.setattr(infer, "STEP_BAR_SECONDS", seconds)
+    monkeypatch.setattr(sampling, "STEP_BAR_SECONDS", seconds)
     code, printed = run_infer("--n_imgs", 1, "--no_compare")
     assert code == 0 and ("2/2" in printed.partition("steps:")[2]) == (seconds == 0)
