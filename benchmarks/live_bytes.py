@@ -52,10 +52,12 @@ class _LiveBytes(TorchDispatchMode):
 
 class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, _, value = args[:3] if len(args) > 2 else (kwargs[name] for name in ("query", "key", "value"))
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+        called = _fused if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
+
+
+def _fused(query, key, value, *_args, **_kwargs):
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 def _tensors(tree):

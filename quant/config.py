@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from errors import InputError
 from models.layers import WeightSlot, free_keys, tied_key
@@ -16,6 +17,7 @@ from quant.storage import load_pickle, save_pickle
 
 ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
 UNIFORM = "uniform:"
+SHOWN_AFTER_SECONDS = 2  # a bar, while weights are packed
 
 
 def draw_random(slots, seed, index, a_l=0.0, a_u=1.0):
@@ -171,7 +173,7 @@ def restore(parts):
 
 def pack(configuration, parts, slots, entries):
     """Turn the float weights into the packed low-bit form of a checked configuration, one after the other, for good."""
-    for key, part in parts.items():
+    for key, part in tqdm(parts.items(), desc="packing", unit="weight", leave=False, delay=SHOWN_AFTER_SECONDS):
         part.pack(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
     return_free_memory()
 

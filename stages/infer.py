@@ -32,7 +32,7 @@ def main(family):
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     check_first(args, family, device)
-    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
+    args.multi_chkpt_key = multiquantizer.file_key(args.multi_chkpt, family)
     args.q_config_key = config.spec_key(args.q_config)
     chosen = args.cls_id if family.num_classes else args.prompt
     prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
@@ -86,11 +86,11 @@ def check_same_run(args, folder):
             raise InputError(f"{folder}: has images but no {SETTINGS} that says how they were made; give another --run")
         return
     before, now = read_settings(settings), written(args)
-    for flag in now:
-        if flag not in FREE_FLAGS and before.get(flag) != now[flag]:
+    for name in now:
+        if name not in FREE_FLAGS and before.get(name) != now[name]:
             raise InputError(
-                f"{folder}: its images were made with {flag} {before.get(flag)}, not {now[flag]}; "
-                "give the same flags to go on, or another --run"
+                f"{folder}: its images were made with --{name.removesuffix('_key')} {before.get(name)!s:.80}, "
+                f"not {now[name]!s:.80}; give the same flags to go on, or another --run"
             )
 
 

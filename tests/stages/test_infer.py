@@ -122,12 +122,12 @@ def test_what_is_there_is_not_drawn_again(made, run_infer, batches, monkeypatch)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--steps", 3), "steps 2, not 3"),
-        (("--seed", 1), "seed 42, not 1"),
-        (("--cls_id", 3), "cls_id [3, 8], not [3]"),
-        (("--quant_act",), "quant_act False, not True"),
-        (("--q_config", "uniform:mse-3"), "q_config uniform:mse-4, not uniform:mse-3"),
-        (("--guidance", 1.5), "guidance 4.0, not 1.5"),
+        (("--steps", 3), "--steps 2, not 3"),
+        (("--seed", 1), "--seed 42, not 1"),
+        (("--cls_id", 3), "--cls_id [3, 8], not [3]"),
+        (("--quant_act",), "--quant_act False, not True"),
+        (("--q_config", "uniform:mse-3"), "--q_config uniform:mse-4, not uniform:mse-3"),
+        (("--guidance", 1.5), "--guidance 4.0, not 1.5"),
     ],
 )
 def test_images_of_other_flags_do_not_mix(made, run_infer, flags, said):

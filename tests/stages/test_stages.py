@@ -144,7 +144,7 @@ def test_infer(labels, mq, tmp_path, run_script):
     (folder,) = (tmp_path / "a").iterdir()
     assert re.fullmatch(r"\d{4}(-\d\d){5}", folder.name)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"contact_sheet.png", "run.log", "sampling_config.yaml", "samples"}
+    assert names == {"contact_sheet.png", "full_precision", "run.lock", "run.log", "sampling_config.yaml", "samples"}
     pictures = [np.asarray(Image.open(path)) for path in sorted((folder / "samples").iterdir())]
     assert len(pictures) == 3 and pictures[0].shape == (64, 64, 3)
     assert Image.open(folder / "contact_sheet.png").size[0] >= 3 * 128
