@@ -15,6 +15,7 @@ from conftest import ROOT, script
 from errors import InputError, lacks_memory
 from models.families import FAMILIES
 from stages import common, infer
+from stages.common import run_stage
 from stages.run import OneLineParser, run_main
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -130,7 +131,8 @@ def test_interrupted(monkeypatch, capsys):
 
 
 def test_a_reader_that_goes_away_ends_a_script_quietly():
-    code = "from stages.run import run_main\nrun_main(lambda: [print('x' * 100) for _ in range(100000)])"
+    code = "from stages.common import run_stage
+from stages.run import run_main\nrun_main(lambda: [print('x' * 100) for _ in range(100000)])"
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -n 1; exit ${PIPESTATUS[0]}', sys.executable, code],
         capture_output=True,
@@ -145,7 +147,8 @@ def test_a_reader_that_goes_away_ends_a_script_quietly():
     ("closed", "encoding", "printed"), [("2>&-", "utf-8", "ü\n"), (">&-", "utf-8", ""), ("", "ascii", "\\xfc\n")]
 )
 def test_closed_outputs_and_narrow_encodings(closed, encoding, printed):
-    code = "from stages.run import run_main\nimport sys\nrun_main(lambda: (print('\\u00fc'), print('x', file=sys.stderr)))"
+    code = "from stages.common import run_stage
+from stages.run import run_main\nimport sys\nrun_main(lambda: (print('\\u00fc'), print('x', file=sys.stderr)))"
     done = subprocess.run(
         ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, code],
         capture_output=True,
@@ -215,7 +218,7 @@ def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, r
 
     monkeypatch.setattr(infer, "check_first", check_first)
     flags = ("--model_id", "embedded", *flags)
-    code, lines = ends(lambda: run_main(lambda: infer.main(FAMILIES["sdxl"])), monkeypatch, capsys, *flags)
+    code, lines = ends(lambda: run_stage(infer.main, "sdxl"), monkeypatch, capsys, *flags)
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: out of memory (") and lines[0].endswith(f"; what takes less: {advice}")
 
