@@ -131,8 +131,7 @@ def test_interrupted(monkeypatch, capsys):
 
 
 def test_a_reader_that_goes_away_ends_a_script_quietly():
-    code = "from stages.common import run_stage
-from stages.run import run_main\nrun_main(lambda: [print('x' * 100) for _ in range(100000)])"
+    code = "from stages.run import run_main\nrun_main(lambda: [print('x' * 100) for _ in range(100000)])"
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -n 1; exit ${PIPESTATUS[0]}', sys.executable, code],
         capture_output=True,
@@ -147,8 +146,7 @@ from stages.run import run_main\nrun_main(lambda: [print('x' * 100) for _ in ran
     ("closed", "encoding", "printed"), [("2>&-", "utf-8", "ü\n"), (">&-", "utf-8", ""), ("", "ascii", "\\xfc\n")]
 )
 def test_closed_outputs_and_narrow_encodings(closed, encoding, printed):
-    code = "from stages.common import run_stage
-from stages.run import run_main\nimport sys\nrun_main(lambda: (print('\\u00fc'), print('x', file=sys.stderr)))"
+    code = "from stages.run import run_main\nimport sys\nrun_main(lambda: (print('\\u00fc'), print('x', file=sys.stderr)))"
     done = subprocess.run(
         ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, code],
         capture_output=True,
