@@ -56,14 +56,14 @@ class Pipeline(NamedTuple):
 
     encoders: list
     denoiser: Part
-    packed: Part
+    packed: Part | None  # the denoiser once packed
     others: list  # autoencoder, and refiner if there is one
     quantizable: int
     largest: int  # weights of the largest layer
 
 
-def pipeline_of(family, dtype, denoiser, encoders, batch, pixels):
-    """The parts as they draw `batch` images at once; `denoiser`, on the meta device, ends up packed."""
+def pipeline_of(family, dtype, denoiser, encoders, batch, pixels, packed=True):
+    """The parts as they draw `batch` images at once. `denoiser`, on the meta device, ends up packed if that is asked."""
     with quiet_loading():
         denoiser = denoiser.to(dtype).eval()
     with torch.device("meta"):
@@ -71,8 +71,9 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels):
     slots = find_slots(denoiser, family)
     plain = part_of(denoiser, lambda: denoiser(**inputs))
     counts = [slot.shape.numel() for slot in slots.values()]
-    pack(denoiser, family, slots)
-    packed = part_of(denoiser, lambda: denoiser(**inputs))
+    if packed:
+        pack(denoiser, family, slots)
+    packed_part = part_of(denoiser, lambda: denoiser(**inputs)) if packed else None
     decoding = torch.float32 if family.name in real_parts.UPCAST_VAE else dtype
     vae = real_parts.autoencoder(decoding)
     latents = torch.empty(1, 4, pixels // 8, pixels // 8, dtype=decoding, device="meta")
@@ -81,7 +82,7 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels):
         refiner = real_parts.refiner(dtype)
         arguments = real_parts.refiner_inputs(2 * batch, pixels // 8, dtype)
         others.append(part_of(refiner, lambda: refiner(**arguments)))
-    return Pipeline(encoders, plain, packed, others, sum(counts) * dtype.itemsize, max(counts))
+    return Pipeline(encoders, plain, packed_part, others, sum(counts) * dtype.itemsize, max(counts))
 
 
 def pack(denoiser, family, slots):
@@ -92,14 +93,14 @@ def pack(denoiser, family, slots):
         part.pack("mse-4", {"scale": torch.empty(channels, dtype=family.dtype, device="meta"), "zero_point": zero_point})
 
 
-def real_pipeline(name, dtype=None):
+def real_pipeline(name, dtype=None, packed=True):
     """The family's real pipeline at its published settings, in its own precision by default."""
     family = FAMILIES[name]
     dtype = dtype or family.dtype
     with torch.device("meta"):
         denoiser = geometry.build(name)
     encoders = [part_of(real_parts.text_encoder(each, dtype)) for each in real_parts.ENCODERS_OF[name]]
-    return pipeline_of(family, dtype, denoiser, encoders, family.batch_size, family.resolution)
+    return pipeline_of(family, dtype, denoiser, encoders, family.batch_size, family.resolution, packed)
 
 
 def on_device(parts, offload, whole=None):
