@@ -199,4 +199,4 @@ def test_weights_are_quantized_before_they_are_placed_and_held_once(run_infer, m
 def test_steps_are_shown_where_a_batch_takes_long(run_infer, monkeypatch, seconds):
     monkeypatch.setattr(sampling, "STEP_BAR_SECONDS", seconds)
     code, printed = run_infer("--n_imgs", 1, "--no_compare")
-    assert code == 0 and ("2/2" in printed.partition("steps:")[2]) == (seconds == 0)
+    assert code == 0 and ("steps:" in printed) == (seconds == 0)
