@@ -98,7 +98,7 @@ class QuantLayer:
     act_bits: int | None  # None: inputs are taken as they are
 
     @classmethod
-    def wrap(cls, layer, precision, keep_originals):
+    def wrap(cls, layer, precision, keep_originals=True):
         """The quantizable form of `layer`, which shares its parameters, hooks and settings."""
         hook = take_hook(layer)
         replaced = layer.__dict__.pop("forward", None)  # hooks leave the class's own behind
