@@ -126,10 +126,10 @@ def test_reference_follows_what_is_in_the_folder(folders):
 def test_reference_follows_an_image_rewritten_in_the_same_size(tmp_path):
     pictures = real_digits()
     for index in range(3):
-        save_png(pictures[index], tmp_path / f"{index}.bmp")
+        Image.fromarray(pictures[index]).save(tmp_path / f"{index}.bmp")
     before = fid.folder_key(tmp_path)
     size = (tmp_path / "1.bmp").stat().st_size
-    save_png(pictures[100], tmp_path / "1.bmp")
+    Image.fromarray(pictures[100]).save(tmp_path / "1.bmp")
     os.utime(tmp_path / "1.bmp", ns=(0, 10**18))
     assert (tmp_path / "1.bmp").stat().st_size == size
     assert fid.folder_key(tmp_path) != before

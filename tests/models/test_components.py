@@ -1,7 +1,7 @@
 """A pipeline's models as their libraries load them: precisions kept, all weights there and no others."""
 
+import importlib
 import shutil
-import sys
 
 import diffusers
 import pytest
@@ -191,9 +191,8 @@ def test_the_safety_checker_is_left_out(name, tmp_path):
 
 
 def test_no_installed_package_draws_a_watermark(monkeypatch):
-    module = sys.modules["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"]
-    refiner = sys.modules["diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img"]
-    for each in (module, refiner):
+    package = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
+    for each in map(importlib.import_module, (package, f"{package}_img2img")):
         monkeypatch.setattr(each, "is_invisible_watermark_available", lambda: True)
         monkeypatch.setattr(each, "StableDiffusionXLWatermarker", object, raising=False)
     sampler = load_sampler(FAMILIES["sdxl"], "embedded", CPU, Extras(str(EMBEDDED_FOLDER / "sdxl_refiner")))

@@ -83,6 +83,8 @@ def test_it_draws_what_it_is_asked_for(name):
 
 @every_family
 def test_the_denoiser_alone_has_the_same_weights(name, monkeypatch):
+    sampler(name)  # loaded before loading is refused
+
     def refuse(*_arguments, **_named):
         pytest.fail("loads a text encoder or an autoencoder")
 
