@@ -30,15 +30,20 @@ def system_reason(reason):
 
 
 def lacks_memory(reason):
-    """Whether an exception, or one that it came of, says that memory ran out, the host's or a device's."""
-    while reason is not None:
-        if isinstance(reason, MemoryError) or _says_no_memory(reason):
-            return True
-        reason = reason.__cause__ or (None if reason.__suppress_context__ else reason.__context__)
-    return False
+    """Whether an exception says that memory ran out, the host's or a device's, or came of one that does."""
+    return lack_of_memory(reason) is not None
+
+
+def lack_of_memory(reason):
+    """The exception that says that memory ran out: this one, or one that it came of, however it hides it; else None."""
+    while reason is not None and not _says_no_memory(reason):
+        reason = reason.__cause__ or reason.__context__
+    return reason
 
 
 def _says_no_memory(reason):
+    if isinstance(reason, MemoryError):
+        return True
     if isinstance(reason, OSError) and reason.errno is not None:
         return reason.errno == errno.ENOMEM
     if isinstance(reason, ImportError):

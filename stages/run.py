@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 
-from errors import InputError, first_line, lacks_memory, system_reason
+from errors import InputError, first_line, lack_of_memory, system_reason
 
 DEBUG = "--debug"
 BROKEN_PIPE = 141  # exit code, as shells have it
@@ -47,6 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.parsed, left = super().parse_known_args(args, namespace)
+        vars(self.parsed).pop(DEBUG.strip("-"), None)  # `run_main` sees to it, and nothing depends on it
         OneLineParser.latest = self
         return self.parsed, left
 
@@ -136,16 +137,18 @@ def show_whole(reason):
 
 def explanation(reason):
     """One line on what ended a run."""
+    lack = lack_of_memory(reason)
+    if lack is not None:  # first: it makes sound files look damaged
+        return f"out of memory ({first_line(lack)}); {advice_on_memory(lack)}"
     if isinstance(reason, InputError):
         return " ".join(str(reason).split("\n"))
-    if lacks_memory(reason):
-        return f"out of memory ({first_line(reason)}); {advice_on_memory(reason)}"
+    more = "" if DEBUG in sys.argv[1:] else f"; {DEBUG} shows more"
     if isinstance(reason, ImportError):
-        return f"{first_line(reason)}; `pip install -e .` in the project's folder installs what it needs; {DEBUG} shows more"
+        return f"{first_line(reason)}; `pip install -e .` in the project's folder installs what it needs{more}"
     if isinstance(reason, OSError) and reason.strerror:
         where = f"{reason.filename}: " if isinstance(reason.filename, str) else ""
-        return f"{where}{system_reason(reason)}; {DEBUG} shows more"
-    return f"unexpected {type(reason).__name__}: {first_line(reason)}; {DEBUG} shows more"
+        return f"{where}{system_reason(reason)}{more}"
+    return f"unexpected {type(reason).__name__}: {first_line(reason)}{more}"
 
 
 def advice_on_memory(reason):

@@ -87,6 +87,8 @@ def test_debug_shows_the_traceback_with_what_was_hidden(monkeypatch, capsys):
         lines[0].startswith("Traceback") and "KeyError: 'weights'" in lines and "errors.InputError: x.pt: damaged" in lines
     )
     assert ends(main, monkeypatch, capsys) == (2, ["error: x.pt: damaged"])
+    assert ends(raising(KeyError("x")), monkeypatch, capsys, "--debug")[1][-1] == "error: unexpected KeyError: 'x'"
+    assert vars(OneLineParser().parse_args(["--debug"])) == {}  # a run goes on with it or without
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -188,9 +190,17 @@ def test_other_errors_are_no_lack_of_memory():
     assert not lacks_memory(FileNotFoundError(errno.ENOENT, "No such file", "out of memory.png"))
     assert not lacks_memory(ImportError("libgomp.so.1: cannot allocate memory in static TLS block"))
     assert not lacks_memory(ImportError("x.so: failed to map segment from shared object: Operation not permitted"))
-    hidden = of(InputError("--res 7: no"), None)
-    hidden.__context__ = MemoryError()
-    assert not lacks_memory(hidden)
+
+
+def test_a_file_is_not_called_damaged_for_lack_of_memory(monkeypatch, capsys):
+    def main():
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        except RuntimeError as reason:
+            raise InputError(f"x.pt: not a readable checkpoint ({reason})") from None
+
+    code, (line,) = ends(main, monkeypatch, capsys)
+    assert code == 2 and line.startswith("error: out of memory (DefaultCPUAllocator: can't allocate memory: you tried")
 
 
 @pytest.mark.parametrize(

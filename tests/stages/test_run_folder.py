@@ -50,19 +50,18 @@ def test_settings_of_former_versions_are_read(tmp_path):
     assert read_settings(path) == flags
 
 
-def test_infer_keeps_its_prompts_as_they_are_and_before_anything_is_drawn(tmp_path, run_script, monkeypatch, embedded_mq):
+def test_infer_keeps_its_prompts_as_they_are_and_before_anything_is_drawn(tmp_path, run_script, embedded_mq, monkeypatch):
     """Settings stand in the folder when the first image is asked for."""
     seen = []
 
     def draw(pictures, *_):
-        settings = read_settings(pictures.folder.parent / "sampling_config.yaml")
-        seen.append((pictures.prompts, settings.prompt))
+        seen.append((pictures.prompts, read_settings(pictures.folder.parent / "sampling_config.yaml").prompt))
         raise InputError("enough")
 
     monkeypatch.setattr(infer.Pictures, "draw", draw)
-    prompts = ["a ${season} landscape", "???", "null"]
-    flags = ("--model_id", "embedded", "--multi_chkpt", embedded_mq("pixart_alpha"), "--outdir", tmp_path)
-    code, printed = run_script(infer, "pixart_alpha", *flags, "--prompt", *prompts)
+    prompts = ["a ${season} landscape", "???", "null", "- x"]
+    flags = ("--model_id", "embedded", "--multi_chkpt", embedded_mq("pixart_alpha"), "--q_config", "uniform:mse-4")
+    code, printed = run_script(infer, "pixart_alpha", *flags, "--outdir", tmp_path, "--prompt", *prompts)
     assert code == 2 and printed.strip().endswith("error: enough") and seen == [(prompts, prompts)]
 
 
