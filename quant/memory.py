@@ -13,7 +13,12 @@ def return_free_memory():
     What is in use lies scattered in it, so without this it would grow, and others could not have it.
     """
     gc.collect()  # a model and its layers refer to one another
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # only GNU's C library has a call for that
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def trim():
+    """Give back what the C library keeps of freed memory."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only GNU's C library has a call for that
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ from errors import InputError
 from models.layers import find_slots, free_keys, in_part, move_boundaries
 from quant import methods, published
 from quant.entries import fingerprint, fit_entry, is_entry
-from quant.memory import return_free_memory
+from quant.memory import trim
 from quant.storage import atomic_write, load_checkpoint
 
 FORMAT = "qua2sedimo multiquantizer"
@@ -81,7 +81,7 @@ def _fit_slots(denoiser, family, slots, entries, checkpoint):
             progress.update(weight.numel())
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint()
-                return_free_memory()
+                trim()
                 saved = time.monotonic()
 
 
