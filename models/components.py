@@ -51,7 +51,7 @@ def load_component(repository, name, dtype, variants=()):
             **MISMATCHES_REPORTED.get(library, {}),
         )
     check_keys(f"{where} ({name})", module, report)
-    return module.eval()
+    return module.eval().requires_grad_(False)
 
 
 # transformers would make up at random what does not fit; so it reports it, and check_keys refuses.

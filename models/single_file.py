@@ -117,7 +117,7 @@ class SingleFile:
         self._check_missing(name, (key for key, weight in module.state_dict().items() if weight.is_meta))
         if unused:
             raise InputError(f"{self.path}: {unused[0]}")
-        return module.to(dtype).eval()
+        return module.to(dtype).eval().requires_grad_(False)
 
     def _check_whole(self, name, loaded_class):
         """InputError if the file lacks a weight of one of diffusers' models, which its loader would not name."""

@@ -193,8 +193,11 @@ def install(denoiser, family, slots=None, keep_originals=True):
     """Replace every weight layer of the denoiser in place; returns the weights {key: WeightPart} of the slots.
 
     `slots` are the denoiser's, as a multiquantizer splits them. The denoiser keeps its class and computes as before
-    until a configuration is applied. Without `keep_originals` each weight takes one method, for good.
+    until a configuration is applied. Without `keep_originals` each weight takes one method, for good. Its parameters
+    need no gradients from now on: PyTorch multiplies by a weight that needs one in another order, so a packed layer,
+    whose weight is decoded and needs none, would round differently.
     """
+    denoiser.requires_grad_(False)
     slots = slots or find_slots(denoiser, family)
     wrapped = set()
     for slot in slots.values():

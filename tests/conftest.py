@@ -121,7 +121,7 @@ def family():
 def tiny(name, **changes):
     """The family's denoiser at its own topology and small width, tied as the real one, its random weights never zero."""
     torch.manual_seed(0)
-    denoiser = geometry.build(name, **TINY[name] | changes).eval()
+    denoiser = geometry.build(name, **TINY[name] | changes).eval().requires_grad_(False)
     if name == "dit":
         blocks = denoiser.transformer_blocks
         for block in blocks:
