@@ -13,8 +13,8 @@ import matplotlib
 from PIL import Image
 
 from autobuild.graph import DenoiserGraph
+from quant.files import atomic_write
 from quant.methods import METHODS
-from quant.storage import atomic_write
 
 COLORS = {"mse": ("#1d4ed8", "#93c5fd"), "kmeans": ("#b45309", "#fcd34d"), "kmeans_all": ("#047857", "#6ee7b7")}
 NO_METHOD, OPERATION, EDGE, SHADE = "#334155", "#d4d4d8", "#71717a", "#f4f4f5"

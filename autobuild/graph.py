@@ -23,7 +23,7 @@ import torch
 from models import geometry
 from models.families import FAMILIES
 from models.inputs import map_tensors
-from models.layers import find_slots
+from quant.slots import find_slots
 
 BLOCK = re.compile(r"(?:(?:\w*(?:blocks|resnets|attentions|samplers|layers)\.\d+|mid_block)(?:\.|$))+")
 OPERATIONS = {
@@ -150,7 +150,7 @@ def slots_of_family(name):
     """A family's denoiser at real size, without weights, and its slots."""
     with torch.device("meta"):
         denoiser = geometry.build(name)
-    return denoiser, find_slots(denoiser, FAMILIES[name])
+    return denoiser, find_slots(denoiser, FAMILIES[name].slot_rules)
 
 
 def trace(denoiser, inputs, slots):

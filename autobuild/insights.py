@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 
 from autobuild.space import NAMES
+from quant.files import atomic_write
 from quant.methods import METHODS
-from quant.storage import atomic_write
 
 INK, GRID, BOX = "#222222", "#e5e7eb", "#9db4cf"
 TITLES = {"mse": "UAQ", "kmeans": "K-Means-C", "kmeans_all": "K-Means-A"}

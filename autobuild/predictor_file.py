@@ -8,7 +8,7 @@ import torch
 from autobuild import space as spaces
 from autobuild.training import FOLDS, Fold
 from errors import InputError
-from quant.storage import atomic_write, load_checkpoint
+from quant.files import atomic_write, load_checkpoint
 
 FORMAT, VERSION = "qua2sedimo predictor", 1
 ARRAYS = ("fp_bytes", "size_bytes", "errors")

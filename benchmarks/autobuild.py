@@ -21,7 +21,7 @@ from autobuild.predictor import GraphTensors, Predictor
 from autobuild.scores import LearnedScores
 from benchmarks.machine import peak_memory, write_result
 from models.families import FAMILIES
-from models.layers import free_keys
+from quant.slots import free_keys
 
 EPOCHS, SEED = 40, 42
 NOTED = 16  # configurations that an untrained predictor's subgraphs are standardized over

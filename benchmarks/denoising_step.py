@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import write_result
 from models import geometry
 from models.families import FAMILIES
-from quant import methods, modules
+from quant import layers, methods
 from quant.activations import set_activation_bits
 
 
@@ -49,7 +49,7 @@ def measure(name, device, dtype, repeats):
         inputs = geometry.example_inputs(name, denoiser, batch=2, pixels=pixels)
     original, seconds = timed_step(denoiser, inputs, repeats)
     yield line(name, "full precision", seconds, 0.0)
-    for part in modules.install(denoiser, family).values():
+    for part in layers.install(denoiser, family).values():
         part.set_method("mse-4", methods.fit_uaq(part.original, 4))
     for bits in (None, 8, 6):
         set_activation_bits(denoiser, bits)

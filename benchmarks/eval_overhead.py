@@ -20,7 +20,7 @@ from evaluation.images import noise_generators, save_png
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
-from quant import config, modules, multiquantizer
+from quant import config, layers, multiquantizer
 from stages.eval_random import prompts_for
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
@@ -63,7 +63,7 @@ def label_as_published(job, device, folder):
     args, family = job.args, job.family
     sampler = load_for(args, family, device)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
-    parts = modules.install(sampler.denoiser, family, slots)
+    parts = layers.install(sampler.denoiser, family, slots)
     extractor, fids = make_extractor(job, device), []
     folder.mkdir()
     start = time.perf_counter()

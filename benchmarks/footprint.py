@@ -24,7 +24,7 @@ from benchmarks.weights import random_denoiser
 from models.components import quiet_loading
 from models.families import FAMILIES
 from models.pipelines import compute_dtype, pick_device
-from quant import config, methods, modules, multiquantizer, published
+from quant import config, layers, methods, multiquantizer, published
 
 
 def measure(name, device):
@@ -43,7 +43,7 @@ def measure(name, device):
         load_seconds = timed(device, lambda: loaded.extend(multiquantizer.load(path, denoiser, family)))
         slots, entries = loaded
         file_bytes = path.stat().st_size
-    parts = modules.install(denoiser, family, slots)
+    parts = layers.install(denoiser, family, slots)
     first = config.draw_random(slots, seed=0, index=0)
     changed = {key: next(m for m in methods.METHODS if m != first[key]) for key in list(first)[::10]}
     second = first | {slot.key: changed[slot.tie] for slot in slots.values() if slot.tie in changed}

@@ -21,9 +21,9 @@ from benchmarks.live_bytes import peak_bytes
 from benchmarks.machine import write_result
 from models import geometry
 from models.families import FAMILIES
-from models.layers import find_slots
 from models.pipelines import OFFLOADS, quiet_loading
-from quant import modules
+from quant import layers
+from quant.slots import find_slots
 
 FIT_BYTES = 50  # per weight of the largest layer, while all six quantizers are fitted to it on an H100 (fit_h100.json)
 INCEPTION_BYTES = 96_000_000  # what FID's features are computed with, in float32
@@ -68,7 +68,7 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels, packed=True):
         denoiser = denoiser.to(dtype).eval()
     with torch.device("meta"):
         inputs = geometry.example_inputs(family.name, denoiser, batch=2 * batch, pixels=pixels // 8)
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     plain = part_of(denoiser, lambda: denoiser(**inputs))
     counts = [slot.shape.numel() for slot in slots.values()]
     if packed:
@@ -87,7 +87,7 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels, packed=True):
 
 def pack(denoiser, family, slots):
     """Pack a denoiser on the meta device under UAQ at 4 bits."""
-    for key, part in modules.install(denoiser, family, slots, keep_originals=False).items():
+    for key, part in layers.install(denoiser, family, slots, keep_originals=False).items():
         channels = slots[key].shape[:1]
         zero_point = torch.empty(channels, dtype=torch.int8, device="meta")
         part.pack("mse-4", {"scale": torch.empty(channels, dtype=family.dtype, device="meta"), "zero_point": zero_point})

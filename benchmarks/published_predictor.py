@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from quant.storage import load_pickle
+from quant.files import load_pickle
 
 NAMES = {"pixart_alpha": "alpha", "dit": "dit"}  # what it calls families, as far as they are compared
 ARCHITECTURES = {"alpha": "alpha", "dit": "DiT"}

@@ -10,9 +10,9 @@ import torch
 from models import geometry
 from models.components import quiet_loading
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys, weight_layers
 from models.pipelines import load_denoiser
 from quant.multiquantizer import slot_weight
+from quant.slots import find_slots, free_keys, weight_layers
 
 POOL = 2**24
 
@@ -38,7 +38,7 @@ def random_denoiser(name, **changes):
         tensor.data.zero_()
     rng = np.random.default_rng(0)
     pool = torch.from_numpy(rng.standard_t(5, size=POOL).astype(np.float32)).to(family.dtype)
-    for _, layer in weight_layers(denoiser, family):
+    for _, layer in weight_layers(denoiser, family.slot_rules):
         weight, begin = layer.weight.data, int(rng.integers(POOL))
         flat = weight.view(-1)
         for start in range(0, len(flat), POOL):
@@ -48,7 +48,7 @@ def random_denoiser(name, **changes):
             part[first:] = pool[: len(part) - first]
         scale = torch.from_numpy(0.03 * rng.lognormal(0, 0.4, size=len(weight))).to(family.dtype)
         weight.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     for slot in slots.values():
         shared = denoiser.get_submodule(slots[slot.tie].module_path).weight
         denoiser.get_submodule(slot.module_path).weight.data.copy_(shared.data)
@@ -59,5 +59,5 @@ def embedded_weights(name):
     """All fitted weights of the family's embedded model: {key: [C, ...]}."""
     family = FAMILIES[name]
     denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     return {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from models.layers import WEIGHT_LAYERS
+from quant.slots import WEIGHT_LAYERS
 
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm)
 

@@ -30,7 +30,7 @@ from evaluation.image_folder import folder_key, image_files, read_rgb
 from evaluation.images import is_constant, save_png, say_constant
 from models.embedded.classifier import load_classifier
 from models.embedded.digits import reference_pictures
-from quant.storage import atomic_write, cache_folder
+from quant.files import atomic_write, cache_folder
 
 log = logging.getLogger("qua2sedimo")
 

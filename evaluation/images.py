@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError, first_line, lacks_memory
-from quant.storage import atomic_write
+from quant.files import atomic_write
 
 log = logging.getLogger("qua2sedimo")
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from quant.storage import atomic_write
+from quant.files import atomic_write
 
 
 def load(path):

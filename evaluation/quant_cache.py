@@ -4,7 +4,7 @@ from pathlib import Path
 
 from errors import InputError
 from quant.config import ROW_NUMBERS, is_row
-from quant.storage import load_pickle, save_pickle
+from quant.files import load_pickle, save_pickle
 
 KEYS = (*ROW_NUMBERS, "config")
 CLIP_SCORE = "CLIP-score"  # a further key of rows that were labelled with --clip_score

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from models.compvis import compvis_names
+from models.splits import half, hidden_channels
+from quant.slots import ANY_MODULE, SlotRules
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -24,14 +28,6 @@ class Embedded:
     class_ids: tuple[int, ...] = tuple(range(10))
     q_config: str = "uniform:mse-4"
     scheduler_config: tuple[tuple[str, object], ...] = ()  # of the class `Family.scheduler`
-
-
-@dataclass(frozen=True)
-class Split:
-    """Weights that read a concatenated skip have two quantizers, one on each part of their input channels."""
-
-    pattern: str  # of a module path
-    boundary: str  # how the first part's channels are counted: a name in models/layers.py, BOUNDARIES
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,7 @@ class Family:
     fp_weights: int
     num_layers: int
     num_keys: int
-    ties: tuple[tuple[str, str], ...] = ()  # (pattern of a module path, path of the weight it shares)
-    splits: tuple[Split, ...] = ()
-    skips: tuple[str, ...] = ()  # patterns of module paths that are never quantized
-    key_names: str = "diffusers"  # how keys name modules: a name in models/layers.py, KEY_NAMES
+    slot_rules: SlotRules = ANY_MODULE  # which weights are quantized
     # Pipeline.
     dtype: torch.dtype = torch.float16  # precision P of the weights
     variant: str | None = None  # of the weight files on the Hub
@@ -144,8 +137,10 @@ FAMILIES = {
             guidance=5.0,
             call=(NO_BINNING,),
             q_config="quant_configs/hunyuan_40.pkl",
-            splits=(Split(r"blocks\.\d+\.skip_linear", boundary="half"),),
-            skips=(r"time_extra_emb\.pooler\.[qkvc]_proj",),  # read by their attention, never called
+            slot_rules=SlotRules(
+                splits=((r"blocks\.\d+\.skip_linear", half),),
+                exclude=(r"time_extra_emb\.pooler\.[qkvc]_proj",),  # read by their attention, never called
+            ),
             fp_weights=1_499_645_952,
             num_layers=472,
             num_keys=487,
@@ -168,7 +163,7 @@ FAMILIES = {
                 hand_over=0.8,
             ),
             q_config="quant_configs/sdxl_37.pkl",
-            splits=(Split(r"up_blocks\.\d+\.resnets\.\d+\.conv1", boundary="hidden"),),
+            slot_rules=SlotRules(splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv1", hidden_channels),)),
             fp_weights=2_565_880_320,
             num_layers=794,
             num_keys=803,
@@ -188,8 +183,9 @@ FAMILIES = {
             steps=50,
             guidance=7.5,
             q_config="quant_configs/sdv15_40.pkl",
-            splits=(Split(r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", boundary="hidden"),),
-            key_names="compvis",
+            slot_rules=SlotRules(
+                splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", hidden_channels),), key_names=compvis_names
+            ),
             fp_weights=859_077_120,
             num_layers=282,
             num_keys=294,
@@ -216,10 +212,12 @@ FAMILIES = {
             class_ids=(833,),
             reference_images="IMAGENET_VAL_IMAGES",
             q_config="quant_configs/dit_40.pkl",
-            ties=(
-                (
-                    r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.(\w+)",
-                    r"transformer_blocks.0.norm1.emb.timestep_embedder.\1",
+            slot_rules=SlotRules(
+                ties=(
+                    (
+                        r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.(\w+)",
+                        r"transformer_blocks.0.norm1.emb.timestep_embedder.\1",
+                    ),
                 ),
             ),
             fp_weights=716_986_368,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from errors import InputError
 from models.components import TEXT_ENCODERS
 from models.pipelines import ANY_PROMPT
-from quant.storage import atomic_write, load_checkpoint
+from quant.files import atomic_write, load_checkpoint
 
 
 class PromptMemo:

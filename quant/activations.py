@@ -146,7 +146,7 @@ class QuantAttnProcessor:
 def set_activation_bits(denoiser, bits):
     """Quantize the activations of `denoiser` to `bits` (ACT_BITS); None: back to what it was, processors included.
 
-    Reaches the layers that quant.modules.install has put in (they have `act_bits`) and every attention.
+    Reaches the layers that quant.layers.install has put in (they have `act_bits`) and every attention.
     """
     if bits is not None and bits not in ACT_BITS:
         raise ValueError(f"activations take {' or '.join(map(str, ACT_BITS))} bits, or None, not {bits!r}")

@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from models.layers import WeightSlot, free_keys, tied_key
+from quant.files import load_pickle, save_pickle
 from quant.memory import return_free_memory
 from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
-from quant.storage import load_pickle, save_pickle
+from quant.slots import WeightSlot, free_keys, tied_key
 
 ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
 UNIFORM = "uniform:"
@@ -95,7 +95,7 @@ def check_file(spec, entries, family):
         return check(uniform(slots, spec.removeprefix(UNIFORM)), slots, spec)
     configuration = _from_file(spec)
     slots = _slots(configuration if entries is None else entries)
-    ties = {key: tied_key(key, family) for key in configuration if key not in slots}
+    ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
     slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
     return check(expand_ties(configuration, slots), slots, spec)
 

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from models.layers import find_slots, free_keys, in_part, move_boundaries
 from quant import methods, published
 from quant.entries import fingerprint, fit_entry, is_entry
+from quant.files import atomic_write, load_checkpoint
 from quant.memory import trim
-from quant.storage import atomic_write, load_checkpoint
+from quant.slots import find_slots, free_keys, in_part, move_boundaries
 
 FORMAT = "qua2sedimo multiquantizer"
 VERSION = 1
@@ -42,7 +42,7 @@ def build(denoiser, family, path, prefix="", overwrite=False):
     A build that was cut off goes on where its last checkpoint stands. InputError if `path`, or that checkpoint, holds
     anything but quantizers of these weights, unless it may `overwrite` it.
     """
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     check_ties(denoiser, slots, family)
     partial = Path(f"{path}.partial")
     if not overwrite:
@@ -123,7 +123,7 @@ def holds(path, denoiser, family, prefix=""):
     """
     if not Path(path).exists():
         return False
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     with _ways_out():
         entries = _own_entries(load_checkpoint(path), path, denoiser, slots, family)
     return {key for key in free_keys(slots) if in_part(slots[key], prefix)} <= entries.keys()
@@ -186,7 +186,7 @@ def load(path, denoiser, family):
     """
     check_exists(path, family)
     content = load_checkpoint(path)
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     check_ties(denoiser, slots, family)
     if published.is_published(content):
         slots = move_boundaries(slots, published.shapes(content))
@@ -262,7 +262,7 @@ def stitch(denoiser, family, path, overwrite=False):
     Parts that overlap, miss layers or come from other weights are refused, the file and layer named; and so is a file at
     `path` of anything but these weights, unless it may `overwrite` it.
     """
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     if not overwrite:
         holds(path, denoiser, family)
     entries, origin = {}, {}

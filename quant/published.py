@@ -9,9 +9,9 @@ import re
 import torch
 
 from errors import InputError
-from models.layers import find_slots, free_keys, in_part, key_of
 from quant import methods
 from quant.entries import make_entry
+from quant.slots import find_slots, free_keys, in_part, key_of
 
 
 def is_published(content):
@@ -27,7 +27,7 @@ def shapes(content):
 def check_keys(content, path, slots, family):
     """Raise InputError, naming the first, if the file has weights that this denoiser has not, or the other way round."""
     keys = dict.fromkeys(key.partition(".quant_params.")[0] for key in content if ".quant_params." in key)
-    skipped = [re.compile(key_of(skip)) for skip in family.skips]
+    skipped = [re.compile(key_of(skip)) for skip in family.slot_rules.exclude]
     unknown = [k for k in keys if ".weight_quantizer" in k and k not in slots and not any(s.fullmatch(k) for s in skipped)]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
@@ -103,5 +103,5 @@ def file_bytes(denoiser, family, prefix=""):
     float weights and biases, which published files also hold.
     """
     element = family.precision_bits // 8
-    slots = (slot for slot in find_slots(denoiser, family).values() if in_part(slot, prefix))
+    slots = (slot for slot in find_slots(denoiser, family.slot_rules).values() if in_part(slot, prefix))
     return sum(element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in slots)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quant.storage import atomic_write
+from quant.files import atomic_write
 
 
 class Baseline(NamedTuple):

@@ -12,7 +12,7 @@ from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import is_embedded, pick_device
 from quant import config, multiquantizer
-from quant.storage import remove_leftovers, save_text
+from quant.files import remove_leftovers, save_text
 from stages import halving
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.forecast import check_disk

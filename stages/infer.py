@@ -13,9 +13,9 @@ from evaluation.images import save_png
 from models.components import quiet_loading
 from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, pick_device
-from quant import config, modules, multiquantizer
+from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
-from quant.storage import remove_leftovers
+from quant.files import remove_leftovers
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
@@ -114,7 +114,7 @@ def run(family, args, device, prompts, folder):
         originals.draw(unseen, sampler, args, "full precision")
         sampler.gather()
     if unquantized:
-        parts = modules.install(sampler.denoiser, family, slots, keep_originals=False)
+        parts = layers.install(sampler.denoiser, family, slots, keep_originals=False)
         quantize(args, sampler.denoiser, configuration, parts, slots, entries)
         place(sampler, device)
         samples.draw(unquantized, sampler, args, "quantized")
@@ -127,7 +127,7 @@ def quantize(args, denoiser, configuration, parts, slots, entries):
     """Put the configuration into the denoiser for good, a weight at a time, where its weights are."""
     if args.pack:
         config.pack(configuration, parts, slots, entries)
-        log.info("weights packed: %s bytes in memory", f"{modules.weight_bytes(denoiser):,}")
+        log.info("weights packed: %s bytes in memory", f"{layers.weight_bytes(denoiser):,}")
     else:
         config.apply(configuration, parts, slots, entries)
     if args.quant_act:

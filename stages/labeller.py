@@ -14,7 +14,7 @@ from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
-from quant import config, modules, multiquantizer
+from quant import config, layers, multiquantizer
 from stages.common import in_precision
 from stages.sampling import encode_for, load_encoded
 
@@ -87,7 +87,7 @@ class Labeller:
         denoiser = self.sampler.denoiser
         self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
-        self.parts = modules.install(denoiser, self.family, self.slots)
+        self.parts = layers.install(denoiser, self.family, self.slots)
         vae = self.sampler.pipeline.vae
         vae.decode = self.watch.timed("decode", vae.decode)
 

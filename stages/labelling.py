@@ -20,7 +20,7 @@ from evaluation import fid, jsonl, quant_cache
 from evaluation.images import save_png, say_constant
 from evaluation.proxies import PER_IMAGE
 from quant import config
-from quant.storage import atomic_write
+from quant.files import atomic_write
 from stages import baseline, halving
 from stages.common import log
 from stages.forecast import Forecast

@@ -6,7 +6,7 @@ from pathlib import Path
 from models.lora import open_lora
 from models.pipelines import load_denoiser, pick_device
 from quant import multiquantizer, published
-from quant.storage import check_writable
+from quant.files import check_writable
 from stages.common import in_precision, multiquantizer_of, parser_for
 
 

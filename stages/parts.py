@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-from quant.storage import atomic_write
+from quant.files import atomic_write
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 

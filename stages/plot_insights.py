@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from quant import config
-from quant.storage import check_writable
+from quant.files import check_writable
 from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 

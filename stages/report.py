@@ -10,7 +10,7 @@ import matplotlib
 
 from evaluation import jsonl, quant_cache
 from quant import config
-from quant.storage import atomic_write
+from quant.files import atomic_write
 from stages import label_runs
 from stages.common import OneLineParser, at_least
 

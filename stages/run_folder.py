@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from errors import InputError
-from quant.storage import atomic_write
+from quant.files import atomic_write
 from stages.common import log
 from stages.run_lock import locked
 

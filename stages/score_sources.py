@@ -15,8 +15,8 @@ from errors import InputError
 from evaluation import prompts as prompt_files
 from models.families import FAMILIES
 from models.pipelines import pick_device
-from quant import modules, multiquantizer
-from quant.storage import atomic_write, check_writable, load_checkpoint
+from quant import layers, multiquantizer
+from quant.files import atomic_write, check_writable, load_checkpoint
 from stages.common import (
     OneLineParser,
     at_least,
@@ -119,7 +119,7 @@ def measure_missing(args, family, device, prompts, keys, known):
     show_steps(sampler)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, args, args.calls), args)
-    parts = modules.install(sampler.denoiser, family, slots)
+    parts = layers.install(sampler.denoiser, family, slots)
     left = [each for each in keys if each[0] not in known]
     start = time.monotonic()
     for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):

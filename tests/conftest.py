@@ -69,7 +69,7 @@ TINY = {
 }
 # Flags of a short labelling run.
 EVAL = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 12, "--steps", 2)
-SPLIT_FAMILIES = [name for name, family in FAMILIES.items() if family.splits]
+SPLIT_FAMILIES = [name for name, family in FAMILIES.items() if family.slot_rules.splits]
 
 
 def pytest_xdist_auto_num_workers(config):

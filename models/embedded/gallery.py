@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.embedded.measure import make_pictures, prompts_and_answers
 from models.families import FAMILIES
-from models.layers import find_slots
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant import methods, modules
+from quant import layers, methods
+from quant.slots import find_slots
 
 COLUMNS = (("full precision", None), ("4 bits (K-Means-C)", "kmeans-4"), ("3 bits (UAQ)", "mse-3"))
 PICTURES = 5  # per model and column
@@ -26,7 +26,7 @@ def pictures_of(family):
     """uint8 [columns, PICTURES, 64, 64, 3] of the family's embedded model."""
     sampler = load_sampler(family, "embedded", torch.device("cpu"), Extras(refiner_of(family, "embedded")))
     prompts, _ = prompts_and_answers(family, PICTURES, PICTURES)
-    parts = modules.install(sampler.denoiser, family, find_slots(sampler.denoiser, family))
+    parts = layers.install(sampler.denoiser, family, find_slots(sampler.denoiser, family.slot_rules))
     parameters = {key: methods.fit(part.original) for key, part in parts.items()}
     columns = []
     for _, method in COLUMNS:

@@ -20,10 +20,10 @@ from evaluation.images import generate
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
-from models.layers import find_slots
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
-from quant import methods, modules
+from quant import layers, methods
 from quant.multiquantizer import slot_weight
+from quant.slots import find_slots
 
 NUM_PROMPTS = 50
 
@@ -76,9 +76,9 @@ def measure_methods(sampler, args, judge):
     """A line for full precision and for each method on all weights, per guidance and seed."""
     family, denoiser = sampler.family, sampler.denoiser
     prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     parameters = {key: methods.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
-    parts = modules.install(denoiser, family, slots)
+    parts = layers.install(denoiser, family, slots)
     originals = {}
     for method in (None, *args.methods):  # None is full precision
         for key, part in parts.items():

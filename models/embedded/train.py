@@ -26,7 +26,7 @@ from models.embedded.denoisers import RECIPES, assemble, build_vae
 from models.embedded.digits import draw, load_scans, random_pairs
 from models.embedded.text_encoders import load_text_encoder, train_text_encoder
 from models.inputs import first_call, prompt_argument
-from quant.storage import atomic_write, load_checkpoint
+from quant.files import atomic_write, load_checkpoint
 
 CAPTION_DROP = 0.1
 CHECKPOINT_STEPS = 250

@@ -1,7 +1,5 @@
 """The denoisers' graphs, traced at real size without weights."""
 
-from types import SimpleNamespace
-
 import diffusers
 import pytest
 import torch
@@ -10,12 +8,10 @@ from PIL import Image
 from autobuild import draw, graph
 from autobuild.graph import of_family
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys, key_of
 from quant import config
+from quant.slots import find_slots, free_keys, key_of
 from stages import plot_dag
 from stages.run import run_main
-
-UNKNOWN_FAMILY = SimpleNamespace(ties=(), splits=(), skips=(), key_names="diffusers")
 
 
 def named(traced, name):
@@ -167,7 +163,7 @@ def test_other_denoisers_come_through_the_same_code(class_name, combining):
     with torch.device("meta"):
         denoiser = getattr(diffusers, class_name)(**settings)
         inputs = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"timestep": torch.zeros(1)}
-    slots = find_slots(denoiser, UNKNOWN_FAMILY)
+    slots = find_slots(denoiser)
     traced = graph.trace(denoiser, inputs, slots)
     read = {source for source, _ in traced.edges}
     assert {node.name for node in traced.weights} == set(slots)

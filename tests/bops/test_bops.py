@@ -8,7 +8,7 @@ from bops.bops import tera_bops
 from bops.macs import Macs, count_macs
 from models import geometry
 from models.families import FAMILIES
-from models.layers import WeightSlot, find_slots
+from quant.slots import WeightSlot, find_slots
 
 
 def test_layers_by_hand():
@@ -56,7 +56,7 @@ def real_macs(name):
     with torch.device("meta"):
         denoiser = geometry.build(name)
         inputs = geometry.example_inputs(name, denoiser, pixels=FAMILIES[name].resolution // 8)
-        return count_macs(denoiser, inputs), find_slots(denoiser, FAMILIES[name])
+        return count_macs(denoiser, inputs), find_slots(denoiser, FAMILIES[name].slot_rules)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -54,7 +54,7 @@ def images_of(outdir):
 def test_the_three_stages(workplace, run_script, judged_by_digits, reference):
     family, folder = workplace
     code, printed = run_script(multiquantizer, family.name, *CPU)
-    free = family.num_keys - (2 * 27 if family.ties else 0)
+    free = family.num_keys - (2 * 27 if family.slot_rules.ties else 0)
     assert code == 0 and f"{family.name}_mq.pt: {free} layers fitted" in printed, printed
     assert len(torch.load(folder / "multiquantizers" / f"{family.name}_mq.pt", weights_only=True)["slots"]) == free
 

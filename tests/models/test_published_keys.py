@@ -10,9 +10,9 @@ import torch
 
 from models import geometry
 from models.families import FAMILIES
-from models.layers import find_slots
 from quant import config
 from quant.methods import METHODS
+from quant.slots import find_slots
 
 SELF_ATTENTION, CROSS_ATTENTION = ([f"attn{i}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] for i in (1, 2))
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
@@ -100,7 +100,7 @@ LEFT_UNREAD = {"hunyuan": HUNYUAN_LAST_BLOCK}
 def slots(request):
     """(name, slots) of the real denoiser."""
     with torch.device("meta"):
-        return request.param, find_slots(geometry.build(request.param), FAMILIES[request.param])
+        return request.param, find_slots(geometry.build(request.param), FAMILIES[request.param].slot_rules)
 
 
 def test_the_published_graph_builder_finds_its_keys(slots):

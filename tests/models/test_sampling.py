@@ -12,9 +12,9 @@ from errors import InputError
 from evaluation.images import noise_generators
 from models import pipelines
 from models.families import FAMILIES
-from models.layers import find_slots
 from models.pipelines import Extras, load_encoder, load_sampler
 from models.prompt_memo import encode_prompts, remember
+from quant.slots import find_slots
 from stages.common import in_precision, parser_for
 from stages.sampling import add_sampling_flags, check_sampling, extras_of, parse_sampling
 
@@ -180,7 +180,7 @@ def test_offload_is_for_gpus(parse):
 @pytest.mark.parametrize("name", ["sdxl", "sdv15"])
 def test_a_u_net_without_a_middle_block(name):
     unet = tiny(name, mid_block_type=None)
-    slots = find_slots(unet, FAMILIES[name])
+    slots = find_slots(unet, FAMILIES[name].slot_rules)
     assert slots and not any("mid_block" in slot.module_path for slot in slots.values())
     split = [slot for slot in slots.values() if slot.inputs]
     (first,) = [slot for slot in split if slot.module_path.startswith("up_blocks.0.resnets.0.") and slot.key.endswith("r")]

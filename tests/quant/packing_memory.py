@@ -13,8 +13,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from models.families import FAMILIES
-from models.layers import find_slots
-from quant import config, modules
+from quant import config, layers
+from quant.slots import find_slots
 
 
 def bytes_of(name):
@@ -26,12 +26,12 @@ def bytes_of(name):
 def pack(denoiser):
     """Under UAQ at 4 bits; that its parameters suit the weights is of no matter here."""
     family = FAMILIES["dit"]
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     entries = {}
     for key, slot in slots.items():
         scale, zero_point = torch.full(slot.shape[:1], 0.01).half(), torch.full(slot.shape[:1], 7).to(torch.int8)
         entries[key] = {"parameters": {"mse-4": {"scale": scale, "zero_point": zero_point}}}
-    parts = modules.install(denoiser, family, slots, keep_originals=False)
+    parts = layers.install(denoiser, family, slots, keep_originals=False)
     config.pack(config.uniform(slots, "mse-4"), parts, slots, entries)
     denoiser.to(torch.float32)
 

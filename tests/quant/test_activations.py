@@ -12,7 +12,7 @@ from torch import nn
 
 from quant import activations
 from quant.activations import QuantAttnProcessor, quantize_channels, quantize_tokens, set_activation_bits
-from quant.modules import QUANT_CLASSES, QuantLayer
+from quant.layers import QUANT_CLASSES, QuantLayer
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -355,7 +355,7 @@ MAKERS = {"dit": make_dit, "pixart": make_pixart, "hunyuan": make_hunyuan, "sdxl
 
 
 def install_layers(denoiser):
-    """What quant.modules.install does, with no table of families."""
+    """What quant.layers.install does, with no table of families."""
     for module in list(denoiser.modules()):
         for name, child in module.named_children():
             if type(child) in QUANT_CLASSES:

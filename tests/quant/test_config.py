@@ -6,16 +6,16 @@ from conftest import SPLIT_FAMILIES, tiny
 
 from errors import InputError
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys
 from quant import config
 from quant.methods import METHODS
+from quant.slots import find_slots, free_keys
 
 TIED = "model.transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight_quantizer"
 
 
 @pytest.fixture
 def slots(denoiser, family):
-    return find_slots(denoiser, family)
+    return find_slots(denoiser, family.slot_rules)
 
 
 def test_random_depends_on_seed_and_index_alone(slots):
@@ -127,7 +127,7 @@ EACH_KEY = pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys 
 
 def published_style(name, path, seed=0):
     """A {key: method} pickle of the tiny denoiser, as published ones are: plain, every key, no order promised."""
-    slots = find_slots(tiny(name), FAMILIES[name])
+    slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
     content = dict(reversed(config.draw_random(slots, seed, 0).items()))
     path.write_bytes(pickle.dumps(content, protocol=4))
     return slots, content
@@ -161,7 +161,7 @@ def test_unknown_keys_of_each_family_are_named(name, key, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_another_family_s_configuration_is_refused(name, tmp_path):
     other = {"pixart_alpha": "dit", "pixart_sigma": "hunyuan", "hunyuan": "sdv15", "sdxl": "sdv15", "sdv15": "sdxl"}
-    slots = find_slots(tiny(name), FAMILIES[name])
+    slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
     published_style(other.get(name, "pixart_alpha"), tmp_path / "c.pkl")
     with pytest.raises(InputError, match="keys are not of this denoiser"):
         config.load(tmp_path / "c.pkl", slots)
@@ -169,7 +169,7 @@ def test_another_family_s_configuration_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_configurations_check_and_load(name, tmp_path):
-    slots = find_slots(tiny(name), FAMILIES[name])
+    slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
     for index in range(5):
         drawn = config.draw_random(slots, 0, index)
         config.check(drawn, slots)
@@ -179,7 +179,7 @@ def test_random_configurations_check_and_load(name, tmp_path):
 
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
 def test_the_parts_of_a_weight_are_drawn_apart(name):
-    slots = find_slots(tiny(name), FAMILIES[name])
+    slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
     rest = [key for key in slots if key.endswith("_0")]
     drawn = [config.draw_random(slots, 0, index) for index in range(20)]
     pairs = {(configuration[key.removesuffix("_0")], configuration[key]) for configuration in drawn for key in rest}

@@ -5,8 +5,8 @@ import torch
 
 from models import geometry
 from models.families import FAMILIES
-from models.layers import find_slots, in_part
-from quant import config, methods, modules, multiquantizer
+from quant import config, layers, methods, multiquantizer
+from quant.slots import find_slots, in_part
 
 # Two levels of the U-Nets, at their own channels; four blocks of Hunyuan, since fewer have no skip.
 SDXL = {
@@ -47,9 +47,11 @@ def test_a_step_with_a_configuration(name):
     inputs = geometry.example_inputs(name, denoiser, pixels=16)
     before = denoiser(**inputs, return_dict=False)[0]
     slots = {
-        key: slot for key, slot in find_slots(denoiser, family).items() if any(in_part(slot, p) for p in FEWER[name][1])
+        key: slot
+        for key, slot in find_slots(denoiser, family.slot_rules).items()
+        if any(in_part(slot, p) for p in FEWER[name][1])
     }
-    parts = modules.install(denoiser, family, slots)
+    parts = layers.install(denoiser, family, slots)
     entries = {key: {"parameters": {"mse-4": methods.fit_uaq(part.original, 4)}} for key, part in parts.items()}
     configuration = config.uniform(slots, "mse-4")
     config.apply(configuration, parts, slots, entries)
@@ -58,7 +60,7 @@ def test_a_step_with_a_configuration(name):
     assert 1e-4 < (quantized - before).norm() / before.norm() < 1
     config.pack(configuration, parts, slots, entries)
     assert torch.equal(denoiser(**inputs, return_dict=False)[0], quantized)
-    assert any(slot.inputs for slot in slots.values()) == bool(family.splits)
+    assert any(slot.inputs for slot in slots.values()) == bool(family.slot_rules.splits)
 
 
 def test_six_fits_at_full_width(tmp_path, family):
@@ -67,7 +69,7 @@ def test_six_fits_at_full_width(tmp_path, family):
     multiquantizer.build(denoiser, family, path, prefix)
     content = torch.load(path, weights_only=True)["slots"]
     (key,) = content
-    weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family)[key], family)
+    weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family.slot_rules)[key], family)
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
         change = (methods.apply(method, weight, parameters).float() - weight.float()).norm() / weight.float().norm()

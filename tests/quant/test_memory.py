@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny
 
-from models.layers import find_slots
+from quant.slots import find_slots
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
@@ -17,7 +17,7 @@ def test_packing_never_holds_the_weights_twice(tmp_path, family):
     """The float weights and their codes at the peak, codes alone after: what was freed is given back."""
     denoiser = tiny("dit", num_layers=12, num_attention_heads=8, attention_head_dim=64).half()
     denoiser.save_pretrained(tmp_path)
-    weight_bytes = sum(2 * slot.shape.numel() for slot in find_slots(denoiser, family).values())
+    weight_bytes = sum(2 * slot.shape.numel() for slot in find_slots(denoiser, family.slot_rules).values())
     assert weight_bytes > 100e6
     command = [sys.executable, Path(__file__).with_name("packing_memory.py"), tmp_path]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -8,9 +8,9 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_dit
 
 from errors import InputError
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys, key_of
 from quant import entries as entries_module
 from quant import methods, multiquantizer
+from quant.slots import find_slots, free_keys, key_of
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def same_entries(one, other):
 def test_build_save_load(name, tmp_path, load_tiny):
     family = FAMILIES[name]
     denoiser, slots, entries = load_tiny(name)
-    assert slots == find_slots(denoiser, family) and list(entries) == free_keys(slots)
+    assert slots == find_slots(denoiser, family.slot_rules) and list(entries) == free_keys(slots)
     multiquantizer.save(entries, family, tmp_path / "again.pt")
     assert same_entries(multiquantizer.load(tmp_path / "again.pt", denoiser, family)[1], entries)
     for key, entry in entries.items():
@@ -182,7 +182,7 @@ def test_nan_weight_is_named(tmp_path, denoiser, family):
 
 def test_precision_of_the_run_does_not_matter(denoiser, family):
     """Half-precision weights, as on a GPU, have the fingerprints of the same values in float32."""
-    slots = find_slots(denoiser, family)
+    slots = find_slots(denoiser, family.slot_rules)
     half = tiny_dit().half()
     for slot in slots.values():
         one, two = (multiquantizer.slot_weight(d, slot, family) for d in (denoiser, half))

@@ -9,8 +9,8 @@ from test_uaq import published_search
 
 from errors import InputError
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys, key_of
-from quant import config, methods, modules, multiquantizer, published, uaq
+from quant import config, layers, methods, multiquantizer, published, uaq
+from quant.slots import find_slots, free_keys, key_of
 
 
 def published_kmeans(weight, bits, per_channel):
@@ -37,7 +37,7 @@ def published_uaq_weight(weight, pair, bits):
 def published_file(tmp_path_factory, family):
     denoiser = tiny_dit(layers=1)
     content = {}
-    for key, slot in find_slots(denoiser, family).items():
+    for key, slot in find_slots(denoiser, family.slot_rules).items():
         weight = multiquantizer.slot_weight(denoiser, slot, family)
         for name, method in methods.METHODS.items():
             if method.algorithm == "mse":
@@ -54,7 +54,7 @@ def published_file(tmp_path_factory, family):
 def test_converts_to_the_same_weights(published_file, family):
     path, content, denoiser = published_file
     slots, entries = multiquantizer.load(path, denoiser, family)
-    assert slots == find_slots(denoiser, family) and list(entries) == free_keys(slots)
+    assert slots == find_slots(denoiser, family.slot_rules) and list(entries) == free_keys(slots)
     for key, entry in entries.items():
         weight = multiquantizer.slot_weight(denoiser, slots[key], family)
         for name, method in methods.METHODS.items():
@@ -131,7 +131,7 @@ def published_slot(weight, method):
 def published_parts(denoiser, family):
     """{key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
     weights = {}
-    for slot in find_slots(denoiser, family).values():
+    for slot in find_slots(denoiser, family.slot_rules).values():
         layer = denoiser.get_submodule(slot.module_path)
         weight = layer.weight.detach().to(family.dtype)
         if slot.inputs is not None:
@@ -164,7 +164,7 @@ def test_split_files_apply_to_exactly_the_published_weights(name, published_spli
     path, content, weights = published_splits[name]
     slots, entries = multiquantizer.load(path, denoiser, family)
     assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
-    parts = modules.install(denoiser, family, slots)
+    parts = layers.install(denoiser, family, slots)
     for method in methods.METHODS.values():
         config.apply(config.uniform(slots, method.name), parts, slots, entries)
         expected = {}  # module path -> the published weights of its parts
@@ -180,7 +180,7 @@ def test_split_files_apply_to_exactly_the_published_weights(name, published_spli
 def test_published_sdxl_boundaries_are_taken_from_the_shapes(published_splits, tmp_path):
     """The published cut differs from ours in the first resnet of the second and the third up-block."""
     family, denoiser = FAMILIES["sdxl"], tiny("sdxl")
-    own = find_slots(denoiser, family)
+    own = find_slots(denoiser, family.slot_rules)
     slots, entries = multiquantizer.load(published_splits["sdxl"][0], denoiser, family)
     moved = {slot.module_path for key, slot in slots.items() if slot != own[key]}
     assert moved == {"up_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv1"}

@@ -14,7 +14,7 @@ from PIL import Image
 from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
-from quant.storage import load_checkpoint
+from quant.files import load_checkpoint
 from stages import eval_random, sampling, score_sources
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"

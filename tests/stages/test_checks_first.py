@@ -11,7 +11,7 @@ from errors import InputError
 from evaluation import fid
 from models.families import FAMILIES
 from quant import config, multiquantizer
-from quant.storage import check_writable
+from quant.files import check_writable
 from stages import build_config, eval_random, plot_insights, sampling, score_sources
 
 NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from evaluation import quant_cache
 from models.families import FAMILIES
-from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
+from quant.slots import find_slots
 from stages import eval_random, infer, labeller, multiquantizer
 
 STAGES = {"multiquantizer": multiquantizer, "eval_random": eval_random, "infer": infer}
@@ -53,7 +53,7 @@ def workplace(request, tmp_path_factory, embedded_mq):
     shutil.copytree(embedded_mq(family.name).parent, folder / "multiquantizers")
     denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
     (folder / "quant_configs").mkdir()
-    configuration = config.draw_random(find_slots(denoiser, family), seed=0, index=0, a_u=0.0)
+    configuration = config.draw_random(find_slots(denoiser, family.slot_rules), seed=0, index=0, a_u=0.0)
     (folder / family.q_config).write_bytes(pickle.dumps(configuration, protocol=4))
     return family, folder
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from evaluation import images
 from models.pipelines import Sampler
-from quant.modules import QuantLayer
+from quant.layers import QuantLayer
 from stages import infer, pictures, sampling
 from stages.run_folder import only_run_in
 

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 from conftest import tiny_dit
 
-from models.layers import find_slots
 from quant import entries as entries_module
 from quant import multiquantizer
+from quant.slots import find_slots
 
 
 @contextlib.contextmanager
@@ -101,6 +101,6 @@ def test_fitting(family, tmp_path, monkeypatch):
             return False
         return True
 
-    layers = len(find_slots(denoiser, family))
+    layers = len(find_slots(denoiser, family.slot_rules))
     assert check_all_cuts(fit, tmp_path) == layers + 1
     assert set(fitted.values()) == {layers, layers + 1}  # the one after whose fit it died, once more

@@ -14,16 +14,16 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation import images, quant_cache
-from models.layers import find_slots
 from models.pipelines import load_denoiser
 from quant import config
+from quant.slots import find_slots
 from stages import eval_random, infer, labeller, multiquantizer
 from stages.run_folder import only_run_in
 
 
 def test_the_cache(labels, family):
     rows = pickle.loads((labels / "quant_cache.pkl").read_bytes())
-    slots = find_slots(load_denoiser(family, "embedded", torch.device("cpu")), family)
+    slots = find_slots(load_denoiser(family, "embedded", torch.device("cpu")), family.slot_rules)
     assert len(rows) == 3
     for index, row in enumerate(rows):
         assert tuple(row) == quant_cache.KEYS

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from errors import InputError
-from quant import storage
-from quant.storage import atomic_write, cache_folder, check_writable, load_checkpoint, load_pickle, save_pickle, save_text
+from quant import files
+from quant.files import atomic_write, cache_folder, check_writable, load_checkpoint, load_pickle, save_pickle, save_text
 
 
 class Bomb:
@@ -145,13 +145,13 @@ def test_the_folder_is_synced_after_the_renaming(tmp_path, monkeypatch):
         if synced[-1][0]:
             raise OSError(errno.EINVAL, "not of folders")  # some file systems; no reason to fail
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     save_text("x", tmp_path / "x")
     assert synced == [(False, False), (True, True)]
 
 
 def test_file_systems_without_modes(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.os, "chmod", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no modes")))
+    monkeypatch.setattr(files.os, "chmod", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no modes")))
     save_text("x", tmp_path / "x")
     assert (tmp_path / "x").read_text() == "x"
 
@@ -161,9 +161,9 @@ def no_cache_yet(tmp_path, monkeypatch):
     monkeypatch.delenv("QUA2SEDIMO_CACHE", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    storage._own_cache_folder.cache_clear()
+    files._own_cache_folder.cache_clear()
     yield
-    storage._own_cache_folder.cache_clear()
+    files._own_cache_folder.cache_clear()
 
 
 def test_the_cache_is_where_it_is_asked_for(tmp_path, monkeypatch):

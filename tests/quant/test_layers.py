@@ -10,9 +10,9 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_inputs
 from torch import nn
 
 from models.families import FAMILIES
-from models.layers import WeightSlot, find_slots
-from quant import config, methods, modules
+from quant import config, layers, methods
 from quant.activations import set_activation_bits
+from quant.slots import WeightSlot, find_slots
 
 EACH = pytest.mark.parametrize("quantized", ["dit", *SPLIT_FAMILIES], indirect=True)
 
@@ -22,7 +22,7 @@ class Quantized:
 
     def __init__(self, name, denoiser, slots, entries, keep_originals=True):
         self.family, self.denoiser, self.slots, self.entries = FAMILIES[name], denoiser, slots, entries
-        self.parts = modules.install(denoiser, self.family, slots, keep_originals)
+        self.parts = layers.install(denoiser, self.family, slots, keep_originals)
         self.inputs = tiny_inputs(name, denoiser)
 
     def again(self, keep_originals=True):
@@ -58,7 +58,7 @@ def test_install_changes_nothing_yet(denoiser, dit_inputs, family):
         before = denoiser(**dit_inputs).sample
         state = {name: value.clone() for name, value in denoiser.state_dict().items()}
         kind = type(denoiser)
-        modules.install(denoiser, family)
+        layers.install(denoiser, family)
         assert type(denoiser) is kind
         assert torch.equal(denoiser(**dit_inputs).sample, before)
     assert state.keys() == denoiser.state_dict().keys()
@@ -66,9 +66,9 @@ def test_install_changes_nothing_yet(denoiser, dit_inputs, family):
 
 
 def test_install_twice_is_once(denoiser, family):
-    once = modules.install(denoiser, family)
-    again = modules.install(denoiser, family)
-    assert list(again) == list(once) == list(find_slots(denoiser, family))
+    once = layers.install(denoiser, family)
+    again = layers.install(denoiser, family)
+    assert list(again) == list(once) == list(find_slots(denoiser, family.slot_rules))
     assert all(again[key] is once[key] for key in once)
 
 
@@ -179,7 +179,7 @@ def test_a_layer_whose_forward_is_replaced_is_refused(denoiser, family):
     layer = denoiser.get_submodule("transformer_blocks.0.attn1.to_q")
     layer.forward = lambda input: input
     with pytest.raises(RuntimeError, match="forward of a Linear is replaced"):
-        modules.install(denoiser, family)
+        layers.install(denoiser, family)
 
 
 def test_no_drift_over_500_changes(quantized):
@@ -218,7 +218,7 @@ def test_weights_are_the_methods_weights(quantized):
 def test_unchanged_layers_are_not_touched(quantized, monkeypatch):
     quantized.apply(quantized.uniform("mse-4"))
     touched = []
-    monkeypatch.setattr(modules.WeightPart, "set_method", lambda self, *args: touched.append((self.slot.key, args[0])))
+    monkeypatch.setattr(layers.WeightPart, "set_method", lambda self, *args: touched.append((self.slot.key, args[0])))
     last = list(quantized.slots)[-1]
     quantized.apply(quantized.uniform("mse-4") | {last: "kmeans-3"})
     assert touched == [(last, "kmeans-3")]
@@ -237,7 +237,7 @@ def quantizable(layer, family, boundaries):
     for number, inputs in enumerate(itertools.pairwise(boundaries)):
         shape = layer.weight[:, slice(*inputs)].shape
         slots[f"part {number}"] = WeightSlot(f"part {number}", "0", shape, f"part {number}", inputs)
-    parts = modules.install(holder, family, slots if len(slots) > 1 else None)
+    parts = layers.install(holder, family, slots if len(slots) > 1 else None)
     return holder[0], list(parts.values())
 
 
@@ -304,13 +304,13 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized):
     decoded = quantized.predict()
     quantized.pack(configuration)
     assert torch.equal(quantized.predict(), decoded)
-    layers = [part.layer for part in quantized.parts.values()]
-    assert not any(hasattr(layer, "weight") or layer.original is not None for layer in layers)
+    packed = [part.layer for part in quantized.parts.values()]
+    assert not any(hasattr(layer, "weight") or layer.original is not None for layer in packed)
     precision_bits = quantized.family.precision_bits
     description = config.describe(configuration, quantized.slots, quantized.entries, precision_bits)
     codes = sum(slot.shape.numel() * methods.METHODS[configuration[k]].bits / 8 for k, slot in quantized.slots.items())
     # Zero points are small integers, and the last codes of a slot fill whole bytes.
-    assert codes < modules.weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * len(layers)
+    assert codes < layers.weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * len(packed)
 
 
 @EACH

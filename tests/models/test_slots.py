@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from models import geometry
 from models.compvis import compvis_names
 from models.families import FAMILIES
-from models.layers import find_slots, free_keys, in_part, key_of, move_boundaries, weight_layers
 from quant import config
+from quant.slots import find_slots, free_keys, in_part, key_of, move_boundaries, weight_layers
 
 # family -> keys, weight layers, weights (published), free keys, split weights
 COUNTS = {
@@ -58,7 +58,7 @@ def real(name):
 
 @functools.cache
 def real_slots(name):
-    return find_slots(real(name), FAMILIES[name])
+    return find_slots(real(name), FAMILIES[name].slot_rules)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,7 +101,7 @@ def test_the_pooler_is_in_no_slot():
     paths = {path for path, module in real("hunyuan").named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     quantized = {slot.module_path for slot in real_slots("hunyuan").values()}
     assert skipped < paths and paths - quantized == skipped
-    assert {path for path, _ in weight_layers(real("hunyuan"), FAMILIES["hunyuan"])} == quantized
+    assert {path for path, _ in weight_layers(real("hunyuan"), FAMILIES["hunyuan"].slot_rules)} == quantized
 
 
 class Concatenations(TorchFunctionMode):
@@ -234,7 +234,7 @@ def test_full_precision_bytes(name):
 def topology(denoiser, family):
     """All that does not depend on widths: modules, keys, ties and which keys are parts, in order."""
     modules = [(path, type(module).__name__) for path, module in denoiser.named_modules()]
-    slots = [(s.key, s.module_path, s.tie, s.inputs is not None) for s in find_slots(denoiser, family).values()]
+    slots = [(s.key, s.module_path, s.tie, s.inputs is not None) for s in find_slots(denoiser, family.slot_rules).values()]
     return modules, slots
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import find_slots
 from quant import methods
 from quant.activations import quantize_channels, quantize_tokens
 from quant.offload import at_home, put_hook, take_hook
 from quant.packing import pack_codes, unpack_codes
+from quant.slots import find_slots
 
 
 class WeightPart:
@@ -186,7 +186,14 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self._conv_forward(input, weight, self.bias)
 
 
-QUANT_CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d}
+class QuantConv3d(QuantLayer, nn.Conv3d):
+    quantize_input = staticmethod(quantize_channels)
+
+    def compute(self, input, weight):
+        return self._conv_forward(input, weight, self.bias)
+
+
+QUANT_CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}
 
 
 def install(denoiser, family, slots=None, keep_originals=True):
@@ -198,7 +205,7 @@ def install(denoiser, family, slots=None, keep_originals=True):
     whose weight is decoded and needs none, would round differently.
     """
     denoiser.requires_grad_(False)
-    slots = slots or find_slots(denoiser, family)
+    slots = slots or find_slots(denoiser, family.slot_rules)
     wrapped = set()
     for slot in slots.values():
         path = slot.module_path

@@ -1,0 +1,126 @@
+"""From a module to its weight slots: every quantizable weight, its configuration key, its part and its tie.
+
+What is particular to a model is data, in `SlotRules`; the rules' defaults suit any module.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class SlotRules:
+    """Which weights of a module are quantized, in which parts, and by which names. Patterns match whole module paths."""
+
+    include: tuple[str, ...] | None = None  # patterns of the weight layers to take; None: all
+    exclude: tuple[str, ...] = ()  # patterns of those to leave out
+    # (pattern, boundary): weights with two quantizers; the boundary is the first part's input channels, a number or
+    # what a function (module, path, layer) gives.
+    splits: tuple[tuple[str, int | Callable], ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()  # (pattern, path of the layer whose weights it shares, with its groups)
+    key_names: Callable = lambda module: {}  # module -> {module path: its name in keys}
+
+    def takes(self, path):
+        """Whether the weight layer at `path` is quantized."""
+        included = self.include is None or any(re.fullmatch(pattern, path) for pattern in self.include)
+        return included and not any(re.fullmatch(pattern, path) for pattern in self.exclude)
+
+    def shared_path(self, path):
+        """Path of the layer whose weights the one at `path` shares; its own if none."""
+        for pattern, replacement in self.ties:
+            if re.fullmatch(pattern, path):
+                return re.sub(pattern, replacement, path)
+        return path
+
+
+ANY_MODULE = SlotRules()
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """One weight, or part of one, that takes one quantizer."""
+
+    key: str  # in configurations: model.<module path>.weight_quantizer, or ..._0 of a split weight's second part
+    module_path: str  # in the denoiser, diffusers' own name
+    shape: torch.Size  # [C, ...], C output channels
+    tie: str  # key of the slot whose weights this one shares; its own key if none
+    inputs: tuple[int, int] | None = None  # the part's input channels, first to before last; None: the whole weight
+
+    def part_of(self, weight):
+        """The slot's part of its layer's weight [C, ...], a view."""
+        return weight if self.inputs is None else weight[:, slice(*self.inputs)]
+
+
+def key_of(name, part=0):
+    """The configuration key of a module by its name in keys, and of its first or second part."""
+    return f"model.{name}.weight_quantizer" + ("_0" if part else "")
+
+
+def tied_key(key, rules):
+    """Key of the slot whose weights the slot of `key` shares; its own if none."""
+    path = key.removeprefix("model.").removesuffix(".weight_quantizer")
+    shared = rules.shared_path(path)
+    return key if shared == path else key_of(shared)
+
+
+def find_slots(module, rules=ANY_MODULE):
+    """The slots {key: WeightSlot} of a module's weights, in module order. Works on the meta device."""
+    names = rules.key_names(module)
+    slots = {}
+    for path, layer in weight_layers(module, rules):
+        for part, inputs in enumerate(_parts(module, path, layer, rules)):
+            key, tie = (key_of(names.get(p, p), part) for p in (path, rules.shared_path(path)))
+            shape = torch.Size(_part_shape(layer.weight.shape, inputs))
+            slots[key] = WeightSlot(key, path, shape, tie, inputs)
+    return slots
+
+
+def weight_layers(module, rules=ANY_MODULE):
+    """(path, layer) of every layer whose weight is quantized, in module order."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, WEIGHT_LAYERS) and rules.takes(path):
+            yield path, layer
+
+
+def free_keys(slots):
+    """The keys that a configuration may choose: one of each tie."""
+    return [key for key, slot in slots.items() if slot.tie == key]
+
+
+def move_boundaries(slots, shapes):
+    """The slots, each split weight cut where the `shapes` {key: shape} of its parts say.
+
+    Published files cut some weights elsewhere; shapes that make no sense leave a weight as it is.
+    """
+    moved = dict(slots)
+    for key, slot in slots.items():
+        rest = slots.get(f"{key}_0")
+        shape = shapes.get(key, ())
+        if rest is None or len(shape) != len(slot.shape) or not 0 < shape[1] < rest.inputs[1]:
+            continue
+        for part, inputs in ((slot, (0, shape[1])), (rest, (shape[1], rest.inputs[1]))):
+            moved[part.key] = replace(part, inputs=inputs, shape=torch.Size(_part_shape(part.shape, inputs)))
+    return moved
+
+
+def in_part(slot, prefix):
+    """Whether the slot's module is `prefix`, or in it; every module is in ""."""
+    return not prefix or f"{slot.module_path}.".startswith(f"{prefix}.")
+
+
+def _parts(module, path, layer, rules):
+    """Input channels (first, before last) of the layer's parts; [None] if it is whole."""
+    for pattern, boundary in rules.splits:
+        if re.fullmatch(pattern, path):
+            count = boundary if isinstance(boundary, int) else boundary(module, path, layer)
+            return [(0, count), (count, layer.weight.shape[1])]
+    return [None]
+
+
+def _part_shape(shape, inputs):
+    return shape if inputs is None else (shape[0], inputs[1] - inputs[0], *shape[2:])
