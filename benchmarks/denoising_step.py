@@ -15,8 +15,9 @@ import torch
 from benchmarks.machine import write_result
 from models import geometry
 from models.families import FAMILIES
-from quant import layers, methods
 from quant.activations import set_activation_bits
+from quant.model import QuantizedModel
+from quant.slots import find_slots
 
 
 def timed_step(denoiser, inputs, repeats):
@@ -49,8 +50,7 @@ def measure(name, device, dtype, repeats):
         inputs = geometry.example_inputs(name, denoiser, batch=2, pixels=pixels)
     original, seconds = timed_step(denoiser, inputs, repeats)
     yield line(name, "full precision", seconds, 0.0)
-    for part in layers.install(denoiser, family).values():
-        part.set_method("mse-4", methods.fit_uaq(part.original, 4))
+    QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype).apply("mse-4")
     for bits in (None, 8, 6):
         set_activation_bits(denoiser, bits)
         out, seconds = timed_step(denoiser, inputs, repeats)

@@ -20,7 +20,7 @@ from evaluation.images import noise_generators, save_png
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
-from quant import config, layers, multiquantizer
+from quant import config, multiquantizer
 from stages.eval_random import prompts_for
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
@@ -62,14 +62,13 @@ def label_as_published(job, device, folder):
     """FIDs of full precision and the configurations, and all seconds, by the published loop."""
     args, family = job.args, job.family
     sampler = load_for(args, family, device)
-    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
-    parts = layers.install(sampler.denoiser, family, slots)
+    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
     extractor, fids = make_extractor(job, device), []
     folder.mkdir()
     start = time.perf_counter()
     for index in (None, *range(args.num_archs)):
         if index is not None:
-            config.apply(config.draw_random(slots, args.seed, index), parts, slots, entries)
+            model.apply(config.draw_random(model.slots, args.seed, index))
         for number, prompt in enumerate(tqdm(job.prompts, desc="published loop", unit="img", leave=False)):
             generators = noise_generators(args.seed, [number])
             (image,) = sampler.images([prompt], generators, args.steps, args.guidance, args.res)

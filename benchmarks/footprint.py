@@ -24,7 +24,8 @@ from benchmarks.weights import random_denoiser
 from models.components import quiet_loading
 from models.families import FAMILIES
 from models.pipelines import compute_dtype, pick_device
-from quant import config, layers, methods, multiquantizer, published
+from quant import config, methods, multiquantizer, published
+from quant.model import QuantizedModel
 
 
 def measure(name, device):
@@ -43,7 +44,7 @@ def measure(name, device):
         load_seconds = timed(device, lambda: loaded.extend(multiquantizer.load(path, denoiser, family)))
         slots, entries = loaded
         file_bytes = path.stat().st_size
-    parts = layers.install(denoiser, family, slots)
+    model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
     first = config.draw_random(slots, seed=0, index=0)
     changed = {key: next(m for m in methods.METHODS if m != first[key]) for key in list(first)[::10]}
     second = first | {slot.key: changed[slot.tie] for slot in slots.values() if slot.tie in changed}
@@ -57,8 +58,8 @@ def measure(name, device):
         "file_bytes": file_bytes,
         "published_bytes": published.file_bytes(denoiser, family),
         "load_seconds": round(load_seconds, 2),
-        "apply_seconds": round(timed(device, lambda: config.apply(first, parts, slots, entries)), 2),
-        "switch_seconds": round(timed(device, lambda: config.apply(second, parts, slots, entries)), 2),
+        "apply_seconds": round(timed(device, lambda: model.apply(first)), 2),
+        "switch_seconds": round(timed(device, lambda: model.apply(second)), 2),
     }
 
 

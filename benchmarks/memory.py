@@ -22,7 +22,7 @@ from benchmarks.machine import write_result
 from models import geometry
 from models.families import FAMILIES
 from models.pipelines import OFFLOADS, quiet_loading
-from quant import layers
+from quant.pretrained import Qua2SeDiMoConfig, replace_by_empty
 from quant.slots import find_slots
 
 FIT_BYTES = 50  # per weight of the largest layer, while all six quantizers are fitted to it on an H100 (fit_h100.json)
@@ -72,7 +72,7 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels, packed=True):
     plain = part_of(denoiser, lambda: denoiser(**inputs))
     counts = [slot.shape.numel() for slot in slots.values()]
     if packed:
-        pack(denoiser, family, slots)
+        pack(denoiser, slots)
     packed_part = part_of(denoiser, lambda: denoiser(**inputs)) if packed else None
     decoding = torch.float32 if family.name in real_parts.UPCAST_VAE else dtype
     vae = real_parts.autoencoder(decoding)
@@ -85,12 +85,12 @@ def pipeline_of(family, dtype, denoiser, encoders, batch, pixels, packed=True):
     return Pipeline(encoders, plain, packed_part, others, sum(counts) * dtype.itemsize, max(counts))
 
 
-def pack(denoiser, family, slots):
+def pack(denoiser, slots):
     """Pack a denoiser on the meta device under UAQ at 4 bits."""
-    for key, part in layers.install(denoiser, family, slots, keep_originals=False).items():
-        channels = slots[key].shape[:1]
-        zero_point = torch.empty(channels, dtype=torch.int8, device="meta")
-        part.pack("mse-4", {"scale": torch.empty(channels, dtype=family.dtype, device="meta"), "zero_point": zero_point})
+    weights = {}
+    for slot in slots.values():
+        weights.setdefault(slot.module_path, []).append(["mse-4", slot.shape[1]])
+    replace_by_empty(denoiser, Qua2SeDiMoConfig(weights=weights))
 
 
 def real_pipeline(name, dtype=None, packed=True):

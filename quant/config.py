@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from errors import InputError
 from quant.files import load_pickle, save_pickle
-from quant.memory import return_free_memory
 from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
 from quant.slots import WeightSlot, free_keys, tied_key
 
 ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
 UNIFORM = "uniform:"
-SHOWN_AFTER_SECONDS = 2  # a bar, while weights are packed
 
 
 def draw_random(slots, seed, index, a_l=0.0, a_u=1.0):
@@ -155,27 +152,6 @@ def _pick_row(rows, path, row):
     if not re.fullmatch(r"[0-9]{1,9}", row) or not 1 <= int(row) <= len(rows):
         raise InputError(f"{path}:{row}: no such row; it has rows 1 to {len(rows)}, and :best")
     return rows[int(row) - 1]["config"]
-
-
-def apply(configuration, parts, slots, entries):
-    """Put the quantized weights of a checked configuration into `parts`; unchanged ones are not touched."""
-    for key, part in parts.items():
-        if part.method != configuration[key]:
-            part.set_method(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
-
-
-def restore(parts):
-    """Put the float weights back."""
-    for part in parts.values():
-        if part.method is not None:
-            part.set_method(None)
-
-
-def pack(configuration, parts, slots, entries):
-    """Turn the float weights into the packed low-bit form of a checked configuration, one after the other, for good."""
-    for key, part in tqdm(parts.items(), desc="packing", unit="weight", leave=False, delay=SHOWN_AFTER_SECONDS):
-        part.pack(configuration[key], entries[slots[key].tie]["parameters"][configuration[key]])
-    return_free_memory()
 
 
 def describe(configuration, slots, entries, precision_bits):

@@ -8,7 +8,7 @@ import torch
 from quant import methods
 
 
-def fit_entry(weight):
+def fit_entry(weight, words=None):
     """Fit all six methods to `weight` [C, ...]."""
     return _entry(weight, *methods.fit_with_errors(weight))
 

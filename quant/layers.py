@@ -1,230 +1,253 @@
-"""What stands in the denoiser in place of a float layer: the same layer, its weight quantized.
+"""Layers whose state is the low-bit form: packed codes, what decodes them, and the bias. No float weight.
 
-Each part of a layer's weight has a method in force, and a new one is always computed from the float original, in the
-family's precision, so any number of changes leaves no drift. A weight that is at full precision is its own original;
-while it is not, the original waits in the host's memory, once, whatever device the weight is on. Where no method is
-going to be changed, no original is kept. `pack` turns a layer into its low-bit form: packed codes and their scales or
-centroids, decoded when it runs, and no float weight.
+`QuantLinear` and `QuantConv1d/2d/3d` are subclasses of the float layers, so libraries that look for those find them.
+Their state dictionary is the file format. For each part of the weight (one, but for weights that are split):
+
+    codes   uint8 [C, row bytes]; a parameter, by which offloading finds what it is to move; see quant/packing.py
+    table   scales [C] or [C, G] of UAQ; centroids [k], [C, k] or [C, G, k] of K-Means; in the weights' precision
+    zero    zero points of UAQ, integers, as the scales
+
+The names of a second part end in `_1`. A weight is decoded when the layer runs and let go after.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import methods
 from quant.activations import quantize_channels, quantize_tokens
-from quant.offload import at_home, put_hook, take_hook
-from quant.packing import pack_codes, unpack_codes
-from quant.slots import find_slots
+from quant.kernels.decode import decode
+from quant.lazy_weight import LazyWeight
+from quant.packing import pack_rows, row_bytes
+from quant.registry import quantizer
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
-class WeightPart:
-    """A slot's share of a layer's weight, all of it for most layers, and the method that it is under."""
+@dataclass(frozen=True)
+class PackedPart:
+    """How a part of a layer's weight is packed."""
 
-    def __init__(self, layer, slot):
-        self.layer, self.slot = layer, slot
-        self.method = None  # full precision
-        self.suffix = f"_{len(layer.parts)}" if layer.parts else ""  # of the names of its packed tensors
+    method: str  # the quantizer's word
+    shape: tuple[int, ...]  # [C, ...] of the part
+    suffix: str = ""  # of the names of its tensors
+
+    @property
+    def names(self):
+        """Names in the layer of the codes and of the tables that decode them."""
+        return ["codes" + self.suffix, *self.tables]
+
+    @property
+    def tables(self):
+        """{name in the layer: name among a quantizer's parameters}."""
+        return {
+            name + self.suffix: parameter for name, parameter in zip(("table", "zero"), self.quantizer.tables, strict=False)
+        }
+
+    @property
+    def quantizer(self):
+        return quantizer(self.method)
+
+    @property
+    def count(self):
+        """Weights per output channel."""
+        return torch.Size(self.shape).numel() // self.shape[0]
+
+
+def packed_parts(shape, methods, inputs=(None,)):
+    """The parts of a weight [C, ...] under one method each; `inputs` are their input channels, None the whole weight."""
+    parts = []
+    for number, (method, channels) in enumerate(zip(methods, inputs, strict=True)):
+        width = shape[1] if channels is None else channels[1] - channels[0]
+        parts.append(PackedPart(method, (shape[0], width, *shape[2:]), f"_{number}" if number else ""))
+    return tuple(parts)
+
+
+class PackedLayer:
+    """What the packed layers share.
+
+    Made from a float layer, whose geometry, bias and hooks it takes, its packed tensors on the meta device until
+    `fill`ed or loaded. Called with a float layer's own arguments the class makes a float layer, as PEFT expects of
+    `type(layer)(...)`.
+    """
+
+    float_class: type[nn.Module]
+    geometry: tuple[str, ...]
+
+    def __new__(cls, *args, **kwargs):
+        if (args or kwargs) and not (args and isinstance(args[0], nn.Module)):
+            return cls.float_class(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, layer, parts):
+        nn.Module.__init__(self)
+        for name in self.geometry:
+            setattr(self, name, getattr(layer, name))
+        for name in HOOKS:
+            setattr(self, name, getattr(layer, name))
+        self.register_parameter("bias", layer.bias)  # first: models ask for the dtype of their first parameter
+        self.train(layer.training)
+        self.parts, self.act_bits = parts, getattr(layer, "act_bits", None)
+        self.compute_dtype = layer.weight.dtype
+        for part in parts:
+            self._register_empty(part)
+
+    def _register_empty(self, part):
+        packed = torch.empty(part.shape[0], row_bytes(part.count, part.quantizer.bits), dtype=torch.uint8, device="meta")
+        self.register_parameter("codes" + part.suffix, nn.Parameter(packed, requires_grad=False))
+        for name in part.tables:
+            dtype = torch.int8 if name.startswith("zero") else self.compute_dtype
+            self.register_buffer(name, torch.empty(part.quantizer.table_shape(part.shape), dtype=dtype, device="meta"))
 
     @torch.no_grad()
-    def set_method(self, name, parameters=None):
-        """Put the weight under the method `name`; None puts the float weight back."""
-        with at_home(self.layer):
-            original, weight = self.original, self.slot.part_of(self.layer.weight)
-            if name is None:
-                weight.copy_(original)
-            else:
-                quantized = methods.apply(name, original, _on(original.device, parameters))
-                self.layer.keep_original()
-                weight.copy_(quantized)
-            self.method = name
-            self.layer.drop_original()
+    def fill(self, part, weight, parameters):
+        """Pack `weight` [C, ...], the part's float weight, under `parameters` {name: tensor} of its method."""
+        codes = part.quantizer.encode(weight, parameters)
+        packed = pack_rows(codes.reshape(len(codes), -1), part.quantizer.bits)
+        setattr(self, "codes" + part.suffix, nn.Parameter(packed, requires_grad=False))
+        for name, parameter in part.tables.items():
+            setattr(self, name, parameters[parameter].to(weight.device))
+
+    def decoded(self, dtype=None):
+        """The weight [C, ...] that the codes stand for, in the tables' precision or in `dtype`."""
+        parts = [self._decoded_part(part) for part in self.parts]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return weight if dtype is None else weight.to(dtype)
+
+    def _decoded_part(self, part):
+        codes, table, zero = (getattr(self, name + part.suffix, None) for name in ("codes", "table", "zero"))
+        rows = decode(codes, table, zero, part.quantizer.bits, part.count, part.quantizer.group or 0)
+        return rows.view(part.shape)
 
     @property
-    def original(self):
-        """The float weight, contiguous, in the family's precision, on the device of the layer's weight."""
-        layer = self.layer
-        if layer.is_packed or self.has_codes:
-            raise RuntimeError("this layer is packed: its float weight is gone; load the model again")
-        if layer.original is None and self.method is not None:
-            raise RuntimeError("this layer was quantized for good: its float weight is gone; load the model again")
-        float_weight = layer.weight.detach() if layer.original is None else layer.original
-        return self.slot.part_of(float_weight).to(layer.weight.device, layer.precision).contiguous()
-
-    @torch.no_grad()
-    def pack(self, name, parameters):
-        """Keep only packed codes of the method `name` and what decodes them; there is no way back."""
-        with at_home(self.layer):
-            original = self.original
-            parameters = _on(original.device, parameters)
-            codes = methods.quantize(name, original, parameters)
-            packed = pack_codes(codes, methods.METHODS[name].bits)
-            # A parameter, unlike the tables: by parameters offloading finds what it is to move.
-            self.layer.register_parameter("codes" + self.suffix, nn.Parameter(packed, requires_grad=False))
-            for table in methods.decoding_parameters(name):
-                self.layer.register_buffer(table + self.suffix, parameters[table])
-            self.method = name
-            if all(part.has_codes for part in self.layer.parts):
-                del self.layer.weight
-                self.layer.original = None
+    def weight(self):
+        """The weight as a tensor that is decoded only if an operation asks for its values, and cannot be written to."""
+        return LazyWeight(self)
 
     @property
-    def has_codes(self):
-        return f"codes{self.suffix}" in self.layer._parameters
+    def weight_shape(self):
+        width = sum(part.shape[1] for part in self.parts)
+        return torch.Size((self.parts[0].shape[0], width, *self.parts[0].shape[2:]))
 
-    def decoded(self):
-        """The weight that the packed codes stand for, in the parameters' precision."""
-        packed, *tables = (getattr(self.layer, name) for name in self.packed_names())
-        codes = unpack_codes(packed, methods.METHODS[self.method].bits, self.slot.shape.numel())
-        names = methods.decoding_parameters(self.method)
-        return methods.dequantize(self.method, codes.view(self.slot.shape), dict(zip(names, tables, strict=True)))
+    def __setattr__(self, name, value):
+        if name == "weight":
+            raise RuntimeError("the weight of a packed layer cannot be replaced; dequantize the model first")
+        super().__setattr__(name, value)
 
-    def packed_names(self):
-        """Names in the layer of the packed codes and of the tables that decode them."""
-        return [name + self.suffix for name in ("codes", *methods.decoding_parameters(self.method))]
-
-
-def _on(device, parameters):
-    return {name: value.to(device) for name, value in parameters.items()}
-
-
-class QuantLayer:
-    """What QuantLinear, QuantConv1d and QuantConv2d share; `wrap` makes one from a float layer."""
-
-    precision: torch.dtype  # the family's, of originals
-    keeps_original: bool  # whether a method may be changed for another
-    original: torch.Tensor | None  # float weight on the host; None: the weight is it, or no one has it
-    parts: list[WeightPart]
-    act_bits: int | None  # None: inputs are taken as they are
-
-    @classmethod
-    def wrap(cls, layer, precision, keep_originals=True):
-        """The quantizable form of `layer`, which shares its parameters, hooks and settings."""
-        hook = take_hook(layer)
-        replaced = layer.__dict__.pop("forward", None)  # hooks leave the class's own behind
-        if replaced is not None and getattr(replaced, "__func__", None) is not type(layer).forward:
-            raise RuntimeError(f"the forward of a {type(layer).__name__} is replaced: quantize the model before that")
-        wrapped = cls.__new__(cls)
-        wrapped.__dict__ = layer.__dict__
-        wrapped.precision, wrapped.keeps_original = precision, keep_originals
-        wrapped.original, wrapped.parts, wrapped.act_bits = None, [], None
-        put_hook(wrapped, hook)
-        return wrapped
-
-    @property
-    def is_packed(self):
-        return "weight" not in self._parameters
-
-    @property
-    def is_float(self):
-        return all(part.method is None for part in self.parts)
-
-    @property
-    def weight_bytes(self):
-        if not self.is_packed:
-            return self.weight.nbytes
-        return sum(getattr(self, name).nbytes for part in self.parts for name in part.packed_names())
-
-    def keep_original(self):
-        """Put the float weight aside before a part of it is overwritten, where another method may come."""
-        if self.keeps_original and self.original is None:
-            self.original = self.weight.detach().to("cpu", self.precision, copy=True)
-
-    def drop_original(self):
-        """Let the float weight put aside go where the weight is at full precision again and can hold it."""
-        if self.is_float and _holds(self.weight, self.precision):
-            self.original = None
-
-    def effective_weight(self, dtype):
-        """The weight to compute with: as it stands, or decoded from the packed codes."""
-        if not self.is_packed:
-            return self.weight
-        decoded = [part.decoded() for part in self.parts]
-        return (decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=1)).to(dtype)
+    def tensors(self, part):
+        """The codes and tables of a part."""
+        return [getattr(self, name) for name in part.names]
 
     def forward(self, input):
         if self.act_bits is not None:
             input = self.quantize_input(input, self.act_bits)
-        return self.compute(input, self.effective_weight(input.dtype))
+        return self.compute(input, self.decoded(input.dtype))
 
     def _apply(self, fn, recurse=True):
-        """Follow the layer to another device, but keep what weights are computed from through any cast."""
-        exact, before = dict(self._buffers), self._parameters.get("weight")
-        before = before if before is None else before.detach()
+        """Follow `.to` and the like; the tables keep their own precision through any cast."""
+        exact = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, table in exact.items():  # of a packed layer
-            self._buffers[name] = table.to(self._buffers[name].device)
-        lossy = before is not None and _holds(before, self.precision) and not _holds(self.weight, self.precision)
-        if lossy and self.is_float:
-            self.original = before.to("cpu", self.precision)
+        for name, table in exact.items():
+            if self._buffers[name].dtype != table.dtype:
+                self._buffers[name] = table.to(self._buffers[name].device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
+    @torch.no_grad()
+    def dequantized(self):
+        """The float layer with the decoded weight, and this one's bias and hooks."""
+        layer = self.float_class.__new__(self.float_class)
+        nn.Module.__init__(layer)
+        for name in (*self.geometry, *HOOKS):
+            setattr(layer, name, getattr(self, name))
+        layer.weight = nn.Parameter(self.decoded(self.compute_dtype), requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
 
-def _holds(weight, precision):
-    """Whether the weight's own precision has all numbers of `precision`."""
-    return torch.promote_types(weight.dtype, precision) == weight.dtype
+
+CONVOLUTION = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class _PackedConvolution(PackedLayer):
+    geometry = CONVOLUTION
+    quantize_input = staticmethod(quantize_channels)
+
+    def compute(self, input, weight):
+        return self._conv_forward(input, weight, self.bias)
+
+
+class QuantLinear(PackedLayer, nn.Linear):
+    float_class, geometry = nn.Linear, ("in_features", "out_features")
     quantize_input = staticmethod(quantize_tokens)
 
     def compute(self, input, weight):
         return F.linear(input, weight, self.bias)
 
 
-class QuantConv1d(QuantLayer, nn.Conv1d):
-    quantize_input = staticmethod(quantize_channels)
-
-    def compute(self, input, weight):
-        return self._conv_forward(input, weight, self.bias)
+class QuantConv1d(_PackedConvolution, nn.Conv1d):
+    float_class = nn.Conv1d
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
-    quantize_input = staticmethod(quantize_channels)
-
-    def compute(self, input, weight):
-        return self._conv_forward(input, weight, self.bias)
+class QuantConv2d(_PackedConvolution, nn.Conv2d):
+    float_class = nn.Conv2d
 
 
-class QuantConv3d(QuantLayer, nn.Conv3d):
-    quantize_input = staticmethod(quantize_channels)
-
-    def compute(self, input, weight):
-        return self._conv_forward(input, weight, self.bias)
+class QuantConv3d(_PackedConvolution, nn.Conv3d):
+    float_class = nn.Conv3d
 
 
-QUANT_CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}
+PACKED_CLASSES = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
 
 
-def install(denoiser, family, slots=None, keep_originals=True):
-    """Replace every weight layer of the denoiser in place; returns the weights {key: WeightPart} of the slots.
-
-    `slots` are the denoiser's, as a multiquantizer splits them. The denoiser keeps its class and computes as before
-    until a configuration is applied. Without `keep_originals` each weight takes one method, for good. Its parameters
-    need no gradients from now on: PyTorch multiplies by a weight that needs one in another order, so a packed layer,
-    whose weight is decoded and needs none, would round differently.
-    """
-    denoiser.requires_grad_(False)
-    slots = slots or find_slots(denoiser, family.slot_rules)
-    wrapped = set()
-    for slot in slots.values():
-        path = slot.module_path
-        layer = denoiser.get_submodule(path)
-        if not isinstance(layer, QuantLayer):
-            quantizable = next(new for old, new in QUANT_CLASSES.items() if isinstance(layer, old))
-            layer = quantizable.wrap(layer, family.dtype, keep_originals)
-            parent, _, name = path.rpartition(".")
-            setattr(denoiser.get_submodule(parent), name, layer)
-            wrapped.add(path)
-        if path in wrapped:
-            layer.parts.append(WeightPart(layer, slot))
-    return {part.slot.key: part for layer in _quant_layers(denoiser) for part in layer.parts}
+def packed_form(layer, parts):
+    """The packed layer, still empty, that takes the place of a float one."""
+    return next(packed for packed in PACKED_CLASSES if isinstance(layer, packed.float_class))(layer, parts)
 
 
-def _quant_layers(denoiser):
-    return (layer for layer in denoiser.modules() if isinstance(layer, QuantLayer))
+def module_places(model):
+    """{module: [(parent, name)]}: every place in `model` where a module stands."""
+    places = {}
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            places.setdefault(module, []).append((parent, name))
+    return places
 
 
-def weight_bytes(denoiser):
-    """Bytes that the quantizable weights take now: codes and what decodes them once packed."""
-    return sum(layer.weight_bytes for layer in _quant_layers(denoiser))
+def replace_module(places, module):
+    """Put `module` at all of `places`, a list of (parent, name)."""
+    for parent, name in places:
+        setattr(parent, name, module)
+
+
+def share(model, ties):
+    """Let each packed layer of `ties` {path: path of the layer with the same weights} hold that layer's tensors."""
+    for path, shared in ties.items():
+        layer, original = model.get_submodule(path), model.get_submodule(shared)
+        for name in [name for part in layer.parts for name in part.names]:
+            setattr(layer, name, getattr(original, name))
+
+
+def weight_bytes(model):
+    """Bytes that the packed weights take: codes and what decodes them, once where layers share them."""
+    tensors = {id(t): t for _, layer in packed_layers(model) for part in layer.parts for t in layer.tensors(part)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def packed_layers(model):
+    """(path, layer) of the packed layers; one that stands at several places comes once for each."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedLayer):
+            yield path, module

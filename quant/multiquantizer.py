@@ -24,6 +24,7 @@ from quant import methods, published
 from quant.entries import fingerprint, fit_entry, is_entry
 from quant.files import atomic_write, load_checkpoint
 from quant.memory import trim
+from quant.model import QuantizedModel
 from quant.slots import find_slots, free_keys, in_part, move_boundaries
 
 FORMAT = "qua2sedimo multiquantizer"
@@ -198,6 +199,12 @@ def load(path, denoiser, family):
     check_complete(entries, path, slots)
     check_fits(entries, path, denoiser, slots, family)
     return slots, entries
+
+
+def load_model(path, denoiser, family):
+    """The denoiser as a QuantizedModel with the multiquantizer at `path`; see `load`."""
+    slots, entries = load(path, denoiser, family)
+    return QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
 
 
 def read(path, family):

@@ -83,8 +83,17 @@ def find_slots(module, rules=ANY_MODULE):
 def weight_layers(module, rules=ANY_MODULE):
     """(path, layer) of every layer whose weight is quantized, in module order."""
     for path, layer in module.named_modules():
-        if isinstance(layer, WEIGHT_LAYERS) and rules.takes(path):
+        if is_weight_layer(layer) and rules.takes(path):
             yield path, layer
+
+
+def is_weight_layer(module):
+    """Whether a module is a Linear or a convolution that computes as PyTorch's, or one of quant's in its place.
+
+    A subclass with a forward of its own may do more with its weight than multiply.
+    """
+    kind = next((kind for kind in WEIGHT_LAYERS if isinstance(module, kind)), None)
+    return kind is not None and (type(module).forward is kind.forward or hasattr(module, "act_bits"))
 
 
 def free_keys(slots):

@@ -101,9 +101,9 @@ def run(family, args, device, prompts, folder):
         log.info("all %d images are there: %s; contact sheet: %s", len(prompts), samples.folder, folder / SHEET)
         return
     sampler = load_for(args, family, device, prompts, place=False)
-    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
-    configuration = config.load(args.q_config, slots)
-    description = config.describe(configuration, slots, entries, family.precision_bits)
+    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
+    configuration = config.load(args.q_config, model.slots)
+    description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)
     save_settings(args, folder / SETTINGS)
     log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{config.quantized_size(description):,}")
@@ -114,8 +114,7 @@ def run(family, args, device, prompts, folder):
         originals.draw(unseen, sampler, args, "full precision")
         sampler.gather()
     if unquantized:
-        parts = layers.install(sampler.denoiser, family, slots, keep_originals=False)
-        quantize(args, sampler.denoiser, configuration, parts, slots, entries)
+        quantize(args, model, configuration)
         place(sampler, device)
         samples.draw(unquantized, sampler, args, "quantized")
     activations = f", activations {args.act_bit} bits" if args.quant_act else ""
@@ -123,15 +122,15 @@ def run(family, args, device, prompts, folder):
     finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)
 
 
-def quantize(args, denoiser, configuration, parts, slots, entries):
+def quantize(args, model, configuration):
     """Put the configuration into the denoiser for good, a weight at a time, where its weights are."""
     if args.pack:
-        config.pack(configuration, parts, slots, entries)
-        log.info("weights packed: %s bytes in memory", f"{layers.weight_bytes(denoiser):,}")
+        model.pack(configuration)
+        log.info("weights packed: %s bytes in memory", f"{layers.weight_bytes(model.module):,}")
     else:
-        config.apply(configuration, parts, slots, entries)
+        model.apply(configuration, for_good=True)
     if args.quant_act:
-        set_activation_bits(denoiser, args.act_bit)
+        set_activation_bits(model.module, args.act_bit)
 
 
 def place(sampler, device):

@@ -14,7 +14,7 @@ from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
-from quant import config, layers, multiquantizer
+from quant import config, multiquantizer
 from stages.common import in_precision
 from stages.sampling import encode_for, load_encoded
 
@@ -85,16 +85,15 @@ class Labeller:
         self.on_drawn = lambda count: None  # told how many images have come
         self.sampler = load_encoded(self.args, self.family, device, embeddings)
         denoiser = self.sampler.denoiser
-        self.slots, self.entries = multiquantizer.load(self.args.multi_chkpt, denoiser, self.family)
+        self.model = multiquantizer.load_model(self.args.multi_chkpt, denoiser, self.family)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
-        self.parts = layers.install(denoiser, self.family, self.slots)
         vae = self.sampler.pipeline.vae
         vae.decode = self.watch.timed("decode", vae.decode)
 
     def configuration(self, index):
         if self.args.q_config:
-            return config.load(self.args.q_config[index], self.slots)
-        return config.draw_random(self.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
+            return config.load(self.args.q_config[index], self.model.slots)
+        return config.draw_random(self.model.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
 
     def describe(self, indices):
         """The rows of configurations without what their images tell."""
@@ -103,14 +102,14 @@ class Labeller:
     def _describe(self, index):
         precision_bits = self.family.precision_bits
         if index is None:
-            description = config.describe_full_precision(self.slots, precision_bits)
+            description = config.describe_full_precision(self.model.slots, precision_bits)
         else:
-            description = config.describe(self.configuration(index), self.slots, self.entries, precision_bits)
+            description = self.model.describe(self.configuration(index))
         return {
             "quantized_size": config.quantized_size(description),
             "avg_bits": config.avg_bits(description, precision_bits),
             "quantized_error": float(sum(row[3] for row in description.values())),
-            "bops": tera_bops(self.macs, self.slots, {key: row[0] for key, row in description.items()}),
+            "bops": tera_bops(self.macs, self.model.slots, {key: row[0] for key, row in description.items()}),
             "config": description,
         }
 
@@ -141,9 +140,9 @@ class Labeller:
 
     def put(self, index):
         if index is None:
-            config.restore(self.parts)
+            self.model.restore()
         else:
-            config.apply(self.configuration(index), self.parts, self.slots, self.entries)
+            self.model.apply(self.configuration(index))
 
     def judge(self, batch, baseline):
         """{name: array [N, ...]} of a batch of images, as `measure` has it."""

@@ -15,7 +15,7 @@ from errors import InputError
 from evaluation import prompts as prompt_files
 from models.families import FAMILIES
 from models.pipelines import pick_device
-from quant import layers, multiquantizer
+from quant import multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
 from stages.common import (
     OneLineParser,
@@ -117,20 +117,19 @@ def measure_missing(args, family, device, prompts, keys, known):
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
-    slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
+    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, args, args.calls), args)
-    parts = layers.install(sampler.denoiser, family, slots)
     left = [each for each in keys if each[0] not in known]
     start = time.monotonic()
     for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
         shared = left[place]
-        known[shared[0]] = measure([parts[key] for key in shared], entries[shared[0]]["parameters"], probe)
+        known[shared[0]] = measure([model.parts[key] for key in shared], model.entries[shared[0]]["parameters"], probe)
         with atomic_write(args.sensitivity) as file:
             torch.save({"flags": flags_of(args), "weights": known}, file)
         if place == 0:
             told = as_time((time.monotonic() - start) * (len(left) - 1))
             tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
-    return entries
+    return model.entries
 
 
 def measure(parts, parameters, probe):

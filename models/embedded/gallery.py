@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from models.embedded.measure import make_pictures, prompts_and_answers
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant import layers, methods
+from quant.model import QuantizedModel
 from quant.slots import find_slots
 
 COLUMNS = (("full precision", None), ("4 bits (K-Means-C)", "kmeans-4"), ("3 bits (UAQ)", "mse-3"))
@@ -26,12 +26,10 @@ def pictures_of(family):
     """uint8 [columns, PICTURES, 64, 64, 3] of the family's embedded model."""
     sampler = load_sampler(family, "embedded", torch.device("cpu"), Extras(refiner_of(family, "embedded")))
     prompts, _ = prompts_and_answers(family, PICTURES, PICTURES)
-    parts = layers.install(sampler.denoiser, family, find_slots(sampler.denoiser, family.slot_rules))
-    parameters = {key: methods.fit(part.original) for key, part in parts.items()}
+    model = QuantizedModel.of_slots(sampler.denoiser, find_slots(sampler.denoiser, family.slot_rules), family.dtype)
     columns = []
     for _, method in COLUMNS:
-        for key, part in parts.items():
-            part.set_method(method, method and parameters[key][method])
+        model.apply(method) if method else model.restore()
         columns.append(make_pictures(sampler, prompts, seed=0, guidance=family.embedded.guidance))
     return np.stack(columns)
 

@@ -21,8 +21,8 @@ from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
-from quant import layers, methods
-from quant.multiquantizer import slot_weight
+from quant import methods
+from quant.model import QuantizedModel
 from quant.slots import find_slots
 
 NUM_PROMPTS = 50
@@ -76,13 +76,10 @@ def measure_methods(sampler, args, judge):
     """A line for full precision and for each method on all weights, per guidance and seed."""
     family, denoiser = sampler.family, sampler.denoiser
     prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
-    slots = find_slots(denoiser, family.slot_rules)
-    parameters = {key: methods.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
-    parts = layers.install(denoiser, family, slots)
+    model = QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
     originals = {}
     for method in (None, *args.methods):  # None is full precision
-        for key, part in parts.items():
-            part.set_method(method, method and parameters[key][method])
+        model.apply(method) if method else model.restore()
         for guidance, seed in itertools.product(args.guidances, args.seeds):
             pictures = make_pictures(sampler, prompts, seed, guidance, args.batch_size)
             original = originals.setdefault((guidance, seed), pictures)

@@ -10,7 +10,8 @@ from autobuild import sensitivity
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant import layers, methods
+from quant import methods
+from quant.model import QuantizedModel
 
 PROMPTS = ["a red seven on a blue background", "a green two", "seven"]
 
@@ -209,8 +210,8 @@ def test_more_bits_change_less(recording):
 
     family = FAMILIES["dit"]
     sampler = load_sampler(family, "embedded", torch.device("cpu"))
-    parts = layers.install(sampler.denoiser, family)
-    part = next(part for key, part in parts.items() if "transformer_blocks.3.ff.net.0.proj" in key)
+    model = QuantizedModel(sampler.denoiser, family.dtype, include=[r"transformer_blocks\.3\.ff\.net\.0\.proj"])
+    (part,) = model.parts.values()
     parameters = methods.fit(part.original)
     probe = sensitivity.Probe(sampler.denoiser, recording, settings_of("dit"))
     measured, shifts = measure([part], parameters, probe)

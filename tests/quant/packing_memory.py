@@ -13,7 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from models.families import FAMILIES
-from quant import config, layers
+from quant.model import QuantizedModel
 from quant.slots import find_slots
 
 
@@ -31,8 +31,7 @@ def pack(denoiser):
     for key, slot in slots.items():
         scale, zero_point = torch.full(slot.shape[:1], 0.01).half(), torch.full(slot.shape[:1], 7).to(torch.int8)
         entries[key] = {"parameters": {"mse-4": {"scale": scale, "zero_point": zero_point}}}
-    parts = layers.install(denoiser, family, slots, keep_originals=False)
-    config.pack(config.uniform(slots, "mse-4"), parts, slots, entries)
+    QuantizedModel.of_slots(denoiser, slots, family.dtype, entries).pack("mse-4")
     denoiser.to(torch.float32)
 
 

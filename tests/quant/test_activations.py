@@ -12,7 +12,8 @@ from torch import nn
 
 from quant import activations
 from quant.activations import QuantAttnProcessor, quantize_channels, quantize_tokens, set_activation_bits
-from quant.layers import QUANT_CLASSES, QuantLayer
+from quant.exchangeable import ExchangeableLayer, exchangeable_form, install
+from quant.slots import find_slots
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -259,7 +260,7 @@ def test_what_it_does_not_compute_is_refused(query_key_value, refused):
 def test_a_layer_quantizes_its_input(layer, shape, quantize):
     layer.requires_grad_(False)
     input = random(*shape)
-    quantized = QUANT_CLASSES[type(layer)].wrap(copy.deepcopy(layer), torch.float32)
+    quantized = exchangeable_form(copy.deepcopy(layer), torch.float32)
     assert torch.equal(quantized(input), layer(input))
     quantized.act_bits = 6
     assert torch.equal(quantized(input), layer(quantize(input, 6)))
@@ -354,14 +355,6 @@ def make_sdv15():
 MAKERS = {"dit": make_dit, "pixart": make_pixart, "hunyuan": make_hunyuan, "sdxl": make_sdxl, "sdv15": make_sdv15}
 
 
-def install_layers(denoiser):
-    """What quant.layers.install does, with no table of families."""
-    for module in list(denoiser.modules()):
-        for name, child in module.named_children():
-            if type(child) in QUANT_CLASSES:
-                setattr(module, name, QUANT_CLASSES[type(child)].wrap(child, torch.float32))
-
-
 @pytest.fixture(params=MAKERS)
 def made(request):
     return make(request.param)
@@ -372,7 +365,7 @@ def make(name):
     torch.manual_seed(0)
     denoiser, inputs = MAKERS[name]()
     denoiser = denoiser.eval().requires_grad_(False)
-    install_layers(denoiser)
+    install(denoiser, find_slots(denoiser), torch.float32)
     return denoiser, inputs | {("sample" if name.startswith("sd") else "hidden_states"): random(2, 4, 8, 8)}
 
 
@@ -381,7 +374,7 @@ def attentions(denoiser):
 
 
 def layers(denoiser):
-    return [module for module in denoiser.modules() if isinstance(module, QuantLayer)]
+    return [module for module in denoiser.modules() if isinstance(module, ExchangeableLayer)]
 
 
 def error(output, reference):

@@ -5,7 +5,8 @@ import torch
 
 from models import geometry
 from models.families import FAMILIES
-from quant import config, layers, methods, multiquantizer
+from quant import methods, multiquantizer
+from quant.model import QuantizedModel
 from quant.slots import find_slots, in_part
 
 # Two levels of the U-Nets, at their own channels; four blocks of Hunyuan, since fewer have no skip.
@@ -51,14 +52,12 @@ def test_a_step_with_a_configuration(name):
         for key, slot in find_slots(denoiser, family.slot_rules).items()
         if any(in_part(slot, p) for p in FEWER[name][1])
     }
-    parts = layers.install(denoiser, family, slots)
-    entries = {key: {"parameters": {"mse-4": methods.fit_uaq(part.original, 4)}} for key, part in parts.items()}
-    configuration = config.uniform(slots, "mse-4")
-    config.apply(configuration, parts, slots, entries)
+    model = QuantizedModel.of_slots(denoiser, slots, family.dtype)
+    model.apply("mse-4")
     quantized = denoiser(**inputs, return_dict=False)[0]
     assert quantized.isfinite().all() and quantized.shape == before.shape
     assert 1e-4 < (quantized - before).norm() / before.norm() < 1
-    config.pack(configuration, parts, slots, entries)
+    model.pack("mse-4")
     assert torch.equal(denoiser(**inputs, return_dict=False)[0], quantized)
     assert any(slot.inputs for slot in slots.values()) == bool(family.slot_rules.splits)
 

@@ -10,41 +10,50 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_inputs
 from torch import nn
 
 from models.families import FAMILIES
-from quant import config, layers, methods
+from quant import config, exchangeable, methods
 from quant.activations import set_activation_bits
+from quant.exchangeable import install
+from quant.layers import packed_layers, weight_bytes
+from quant.model import QuantizedModel
 from quant.slots import WeightSlot, find_slots
 
 EACH = pytest.mark.parametrize("quantized", ["dit", *SPLIT_FAMILIES], indirect=True)
 
 
 class Quantized:
-    """A tiny denoiser with quantizable layers, and what a configuration needs."""
+    """A tiny denoiser under quantizers that were fitted to its weights, and inputs of a call."""
 
-    def __init__(self, name, denoiser, slots, entries, keep_originals=True):
+    def __init__(self, name, denoiser, slots, entries):
         self.family, self.denoiser, self.slots, self.entries = FAMILIES[name], denoiser, slots, entries
-        self.parts = layers.install(denoiser, self.family, slots, keep_originals)
+        self.model = QuantizedModel.of_slots(denoiser, slots, self.family.dtype, entries)
         self.inputs = tiny_inputs(name, denoiser)
 
-    def again(self, keep_originals=True):
+    def again(self):
         """Another of the same weights, at full precision."""
         name = self.family.name
-        return Quantized(name, tiny(name), self.slots, self.entries, keep_originals)
+        return Quantized(name, tiny(name), self.slots, self.entries)
+
+    @property
+    def parts(self):
+        return self.model.parts
 
     @torch.no_grad()
     def predict(self):
         return self.denoiser(**self.inputs, return_dict=False)[0]
 
-    def apply(self, configuration):
-        config.apply(configuration, self.parts, self.slots, self.entries)
+    def apply(self, configuration, **how):
+        self.model.apply(configuration, **how)
 
     def pack(self, configuration):
-        config.pack(configuration, self.parts, self.slots, self.entries)
+        self.model.pack(configuration)
 
     def uniform(self, method):
         return config.uniform(self.slots, method)
 
     def weights(self):
-        return {key: part.slot.part_of(part.layer.weight).detach().clone() for key, part in self.parts.items()}
+        """{key: the weight as it stands}."""
+        layers = {path: self.denoiser.get_submodule(path) for path in {slot.module_path for slot in self.slots.values()}}
+        return {key: slot.part_of(layers[slot.module_path].weight).detach().clone() for key, slot in self.slots.items()}
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def test_install_changes_nothing_yet(denoiser, dit_inputs, family):
         before = denoiser(**dit_inputs).sample
         state = {name: value.clone() for name, value in denoiser.state_dict().items()}
         kind = type(denoiser)
-        layers.install(denoiser, family)
+        install(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
         assert type(denoiser) is kind
         assert torch.equal(denoiser(**dit_inputs).sample, before)
     assert state.keys() == denoiser.state_dict().keys()
@@ -66,8 +75,8 @@ def test_install_changes_nothing_yet(denoiser, dit_inputs, family):
 
 
 def test_install_twice_is_once(denoiser, family):
-    once = layers.install(denoiser, family)
-    again = layers.install(denoiser, family)
+    once = install(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
+    again = install(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
     assert list(again) == list(once) == list(find_slots(denoiser, family.slot_rules))
     assert all(again[key] is once[key] for key in once)
 
@@ -77,7 +86,7 @@ def test_a_configuration_acts_and_restores(quantized):
     before, weights = quantized.predict(), quantized.weights()
     quantized.apply(quantized.uniform("mse-3"))
     assert not torch.allclose(quantized.predict(), before, atol=1e-3)
-    config.restore(quantized.parts)
+    quantized.model.restore()
     assert torch.equal(quantized.predict(), before)
     assert all(torch.equal(weight, weights[key]) for key, weight in quantized.weights().items())
 
@@ -97,7 +106,7 @@ def test_originals_are_kept_while_weights_are_quantized_and_once(quantized):
         quantized.apply(quantized.uniform(method))
         # float32 weights, originals in the family's precision
         assert float_bytes(quantized) == (weights, weights * quantized.family.precision_bits // 32)
-    config.restore(quantized.parts)
+    quantized.model.restore()
     assert float_bytes(quantized) == (weights, 0)
 
 
@@ -111,9 +120,9 @@ def test_originals_wait_on_the_host(quantized):
 @EACH
 def test_without_originals_weights_are_the_same_for_good(quantized):
     configuration = config.draw_random(quantized.slots, 0, 0)
-    once = quantized.again(keep_originals=False)
-    for each in (quantized, once):
-        each.apply(configuration)
+    once = quantized.again()
+    quantized.apply(configuration)
+    once.apply(configuration, for_good=True)
     assert torch.equal(once.predict(), quantized.predict())
     assert float_bytes(once)[1] == 0
     once.apply(configuration)  # nothing changes
@@ -124,23 +133,22 @@ def test_without_originals_weights_are_the_same_for_good(quantized):
         with pytest.raises(RuntimeError, match="for good"):
             change(once.parts[key])
     with pytest.raises(RuntimeError, match="for good"):
-        once.parts[key].pack(other, parameters[other])
+        once.pack(configuration)
 
 
 @EACH
-@pytest.mark.parametrize("keep_originals", [True, False])
-def test_packing_needs_no_quantized_copy(quantized, keep_originals):
+def test_packing_needs_no_quantized_copy(quantized):
     """Straight from the float weights, in their own precision or in float32, it gives what applying and packing gives."""
     configuration = config.draw_random(quantized.slots, 0, 0)
-    straight = quantized.again(keep_originals)
-    narrow = quantized.again(keep_originals)
+    straight, narrow = quantized.again(), quantized.again()
     narrow.denoiser.to(narrow.family.dtype)
     quantized.apply(configuration)
     for each in (quantized, straight, narrow):
         each.pack(configuration)
     assert torch.equal(straight.predict(), quantized.predict())
-    for key, part in quantized.parts.items():
-        assert torch.equal(narrow.parts[key].decoded(), part.decoded()), key
+    theirs = dict(packed_layers(narrow.denoiser))
+    for path, layer in packed_layers(quantized.denoiser):
+        assert torch.equal(theirs[path].decoded(), layer.decoded()), path
 
 
 # Hunyuan-DiT reads weights of layers that it does not call, so its pipeline leaves it out of this kind of offloading.
@@ -162,7 +170,7 @@ def test_offloaded_layers_change_and_pack_where_they_are_kept(quantized):
             assert torch.equal(each.predict(), quantized.predict())
     floats = [weakref.ref(part.layer._hf_hook.weights_map["weight"]) for part in late.parts.values()]
     for each in (quantized, early, late):
-        config.pack(second, each.parts, each.slots, each.entries)
+        each.pack(second)
         assert torch.equal(each.predict(), quantized.predict())
     assert not any(reference() is not None for reference in floats)
     assert all(parameter.is_meta for parameter in late.denoiser.parameters())  # codes too
@@ -179,14 +187,14 @@ def test_a_layer_whose_forward_is_replaced_is_refused(denoiser, family):
     layer = denoiser.get_submodule("transformer_blocks.0.attn1.to_q")
     layer.forward = lambda input: input
     with pytest.raises(RuntimeError, match="forward of a Linear is replaced"):
-        layers.install(denoiser, family)
+        install(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
 
 
 def test_no_drift_over_500_changes(quantized):
     drawn = [config.draw_random(quantized.slots, 0, index) for index in range(10)]
     fresh = []
     for configuration in drawn:
-        config.restore(quantized.parts)
+        quantized.model.restore()
         quantized.apply(configuration)
         fresh.append(quantized.weights())
     for step in range(500):
@@ -218,7 +226,7 @@ def test_weights_are_the_methods_weights(quantized):
 def test_unchanged_layers_are_not_touched(quantized, monkeypatch):
     quantized.apply(quantized.uniform("mse-4"))
     touched = []
-    monkeypatch.setattr(layers.WeightPart, "set_method", lambda self, *args: touched.append((self.slot.key, args[0])))
+    monkeypatch.setattr(exchangeable.WeightPart, "set_method", lambda self, *args: touched.append((self.slot.key, args[0])))
     last = list(quantized.slots)[-1]
     quantized.apply(quantized.uniform("mse-4") | {last: "kmeans-3"})
     assert touched == [(last, "kmeans-3")]
@@ -237,7 +245,7 @@ def quantizable(layer, family, boundaries):
     for number, inputs in enumerate(itertools.pairwise(boundaries)):
         shape = layer.weight[:, slice(*inputs)].shape
         slots[f"part {number}"] = WeightSlot(f"part {number}", "0", shape, f"part {number}", inputs)
-    parts = layers.install(holder, family, slots if len(slots) > 1 else None)
+    parts = install(holder, slots if len(slots) > 1 else find_slots(holder), family.dtype)
     return holder[0], list(parts.values())
 
 
@@ -260,8 +268,7 @@ def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method,
     reference.weight.data = methods.apply(method, layer.weight.detach().half(), parameters).float()
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
-        parts[0].pack(method, parameters)
-        assert torch.equal(quantized(input), reference(input))
+        assert torch.equal(quantized.packed([method], [parameters])(input), reference(input))
 
 
 @pytest.mark.parametrize("names", list(itertools.product(methods.METHODS, repeat=2)), ids="+".join)
@@ -280,10 +287,8 @@ def test_a_split_layer_is_its_two_halves(layer, shape, names, family):
     input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
-        for part, name, own in zip(parts, names, parameters, strict=True):
-            part.pack(name, own)
-        assert quantized.is_packed and not hasattr(quantized, "weight") and quantized.original is None
-        assert torch.equal(quantized(input), reference(input))
+        packed = quantized.packed(names, parameters)
+        assert torch.equal(packed(input), reference(input)) and torch.equal(packed.weight.clone(), reference.weight)
 
 
 def test_a_part_changes_and_restores_alone(family):
@@ -304,23 +309,27 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized):
     decoded = quantized.predict()
     quantized.pack(configuration)
     assert torch.equal(quantized.predict(), decoded)
-    packed = [part.layer for part in quantized.parts.values()]
-    assert not any(hasattr(layer, "weight") or layer.original is not None for layer in packed)
+    packed = dict(packed_layers(quantized.denoiser))
+    assert packed.keys() == {slot.module_path for slot in quantized.slots.values()}
+    assert not any("weight" in layer.state_dict() for layer in packed.values())
     precision_bits = quantized.family.precision_bits
     description = config.describe(configuration, quantized.slots, quantized.entries, precision_bits)
-    codes = sum(slot.shape.numel() * methods.METHODS[configuration[k]].bits / 8 for k, slot in quantized.slots.items())
-    # Zero points are small integers, and the last codes of a slot fill whole bytes.
-    assert codes < layers.weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * len(packed)
+    free = [slot for key, slot in quantized.slots.items() if slot.tie == key]
+    codes = sum(slot.shape.numel() * methods.METHODS[configuration[slot.key]].bits / 8 for slot in free)
+    # Zero points are small integers, tied weights are there once, and each row's last codes fill whole bytes.
+    rows = sum(len(layer.codes) for layer in packed.values())
+    assert codes < weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * rows
 
 
 @EACH
 def test_packed_weights_survive_a_cast(quantized):
     configuration = config.draw_random(quantized.slots, 1, 0)
     quantized.apply(configuration)
-    expected = {part.layer: part.layer.weight.clone() for part in quantized.parts.values()}
+    expected = {part.slot.module_path: part.layer.weight.clone() for part in quantized.parts.values()}
     quantized.pack(configuration)
-    quantized.denoiser.to(torch.bfloat16).to(torch.float32)
-    assert all(torch.equal(layer.effective_weight(torch.float32), weight) for layer, weight in expected.items())
+    nn.Module.to(nn.Module.to(quantized.denoiser, torch.bfloat16), torch.float32)
+    packed = dict(packed_layers(quantized.denoiser))
+    assert all(torch.equal(packed[path].decoded(torch.float32), weight) for path, weight in expected.items())
     with pytest.raises(RuntimeError, match="packed"):
         quantized.apply(quantized.uniform("mse-3") | {next(iter(quantized.slots)): "kmeans-3"})
 
@@ -331,7 +340,7 @@ def test_a_cast_keeps_the_original_exact(quantized):
     quantized.denoiser.to(torch.bfloat16).to(torch.float32)
     assert all(torch.equal(part.original, before[key]) for key, part in quantized.parts.items())
     quantized.apply(quantized.uniform("kmeans-4"))
-    config.restore(quantized.parts)
+    quantized.model.restore()
     assert all(torch.equal(weight, before[key].float()) for key, weight in quantized.weights().items())
 
 

@@ -9,7 +9,8 @@ from test_uaq import published_search
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import config, layers, methods, multiquantizer, published, uaq
+from quant import methods, multiquantizer, published, uaq
+from quant.model import QuantizedModel
 from quant.slots import find_slots, free_keys, key_of
 
 
@@ -164,9 +165,9 @@ def test_split_files_apply_to_exactly_the_published_weights(name, published_spli
     path, content, weights = published_splits[name]
     slots, entries = multiquantizer.load(path, denoiser, family)
     assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
-    parts = layers.install(denoiser, family, slots)
+    model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
     for method in methods.METHODS.values():
-        config.apply(config.uniform(slots, method.name), parts, slots, entries)
+        model.apply(method.name)
         expected = {}  # module path -> the published weights of its parts
         for key, slot in slots.items():
             theirs = content[f"{key}.quant_params.{method.name}"]

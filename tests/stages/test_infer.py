@@ -13,7 +13,8 @@ from PIL import Image
 
 from evaluation import images
 from models.pipelines import Sampler
-from quant.layers import QuantLayer
+from quant.exchangeable import ExchangeableLayer
+from quant.layers import PackedLayer
 from stages import infer, pictures, sampling
 from stages.run_folder import only_run_in
 
@@ -184,15 +185,17 @@ def test_weights_are_quantized_before_they_are_placed_and_held_once(run_infer, m
     place = Sampler.place
 
     def noting(sampler, device):
-        layers = [layer for layer in sampler.denoiser.modules() if isinstance(layer, QuantLayer)]
-        assert all(layer.original is None for layer in layers)
-        placed.append((len(layers) > 0, {layer.is_packed for layer in layers}))
+        modules = list(sampler.denoiser.modules())
+        exchangeable = [layer for layer in modules if isinstance(layer, ExchangeableLayer)]
+        packed = [layer for layer in modules if isinstance(layer, PackedLayer)]
+        assert all(layer.original is None for layer in exchangeable)
+        placed.append((len(exchangeable) > 0, len(packed) > 0))
         place(sampler, device)
 
     monkeypatch.setattr(Sampler, "place", noting)
     flags = ("--n_imgs", 1, *(["--pack"] if pack else []), *([] if compare else ["--no_compare"]))
     assert run_infer(*flags)[0] == 0
-    assert placed == ([(False, set())] if compare else []) + [(True, {pack})]
+    assert placed == ([(False, False)] if compare else []) + [(not pack, pack)]
 
 
 @pytest.mark.parametrize("seconds", [0, 5])

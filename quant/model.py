@@ -1,0 +1,192 @@
+"""`QuantizedModel`: any module of PyTorch's with its weights under quantizers. The library's one object.
+
+    model = QuantizedModel(denoiser)                # every Linear and convolution in it is a weight to quantize
+    model.fit(["mse-4", "kmeans-3"])                # scales, zero points, centroids; the module is as it was
+    model.apply("mse-4")                            # its weights hold quantized values; another method may follow
+    model.restore()                                 # or full precision again
+    model.pack({**model.uniform("mse-4"), ...})     # or packed codes alone, for good
+
+The module keeps its class and its place; only its weight layers are replaced in it.
+"""
+
+import torch
+from diffusers import ModelMixin
+from tqdm import tqdm
+
+from errors import InputError
+from quant import config
+from quant.entries import fit_entry
+from quant.exchangeable import install
+from quant.layers import module_places, packed_layers, replace_module, share
+from quant.memory import return_free_memory
+from quant.pretrained import attach
+from quant.registry import SEARCH_SPACE
+from quant.slots import ANY_MODULE, SlotRules, find_slots, free_keys
+
+SHOWN_AFTER_SECONDS = 2  # a bar
+
+
+class QuantizedModel:
+    """A module, its weight slots, what quantizers were fitted to them, and the methods that they are under.
+
+    `dtype` is the precision P that quantizers are fitted in and sizes are counted in; None: the weights' own. `include`
+    and `exclude` are patterns of whole module paths. `splits` {pattern: boundary} give a weight two quantizers, the first
+    on the input channels before the boundary, a number or a function (module, path, layer). `ties` {pattern: path} name
+    the layer that others share their weights with.
+
+    Attributes: `slots` {key: WeightSlot}; `entries` {key: entry}, empty until fitted (see quant/entries.py); `module`.
+    """
+
+    def __init__(self, module, dtype=None, include=None, exclude=(), splits=None, ties=None, key_names=ANY_MODULE.key_names):
+        rules = SlotRules(
+            None if include is None else tuple(include),
+            tuple(exclude),
+            tuple((splits or {}).items()),
+            tuple((ties or {}).items()),
+            key_names,
+        )
+        self._set(module, find_slots(module, rules), dtype, {})
+
+    @classmethod
+    def of_slots(cls, module, slots, dtype=None, entries=None):
+        """The model of slots that are known, with what was fitted to them."""
+        model = cls.__new__(cls)
+        model._set(module, slots, dtype, entries or {})
+        return model
+
+    def _set(self, module, slots, dtype, entries):
+        if not slots:
+            raise InputError(f"{type(module).__name__}: has no Linear or convolution whose weight could be quantized")
+        self.module, self.slots, self.entries = module, slots, entries
+        first = module.get_submodule(next(iter(slots.values())).module_path)
+        self.dtype = dtype or first.weight.dtype
+        self._parts = None
+
+    @property
+    def precision_bits(self):
+        return torch.finfo(self.dtype).bits
+
+    @property
+    def is_packed(self):
+        return next(packed_layers(self.module), None) is not None
+
+    def weight(self, key):
+        """The slot's float weight [C, ...] in the precision P, which is what quantizers are fitted to."""
+        if self._parts is not None:
+            return self._parts[key].original
+        slot = self.slots[key]
+        return slot.part_of(self.module.get_submodule(slot.module_path).weight.detach()).to(self.dtype)
+
+    @torch.no_grad()
+    def fit(self, methods=SEARCH_SPACE, show=True):
+        """Fit quantizers of the `methods` (words) to every weight that has none yet; returns `entries`."""
+        keys = [key for key in free_keys(self.slots) if not self._fitted(key) >= set(methods)]
+        for key in self._bar(keys, "fitting", show):
+            self._fit_slot(key, methods)
+        return self.entries
+
+    def _fitted(self, key):
+        return set(self.entries[key]["parameters"]) if key in self.entries else set()
+
+    def _fit_slot(self, key, methods):
+        missing = tuple(method for method in methods if method not in self._fitted(key))
+        try:
+            entry = fit_entry(self.weight(key), missing)
+        except ValueError as reason:
+            raise InputError(f"{self.slots[key].module_path}: {reason}") from None
+        known = self.entries.setdefault(key, entry)
+        for each in ("parameters", "errors"):
+            known[each] = known[each] | entry[each]
+
+    def uniform(self, method):
+        """The configuration {key: method} in which every weight takes `method`."""
+        return config.uniform(self.slots, method)
+
+    def configuration(self, chosen):
+        """The checked configuration {key: method} of `chosen`: a method for all, or {key or module path: method}."""
+        if isinstance(chosen, str):
+            return self.uniform(chosen)
+        keys_at = {}
+        for key, slot in self.slots.items():
+            keys_at.setdefault(slot.module_path, []).append(key)
+        named = {key: method for name, method in chosen.items() for key in keys_at.get(name, [name])}
+        configuration = config.expand_ties(named, self.slots)
+        config.check(configuration, self.slots)
+        return configuration
+
+    @property
+    def parts(self):
+        """{key: WeightPart} of the exchangeable layers, which the first use puts into the module."""
+        return self._install(keep_originals=True)
+
+    def _install(self, keep_originals):
+        if self.is_packed:
+            raise RuntimeError("the model is packed: its float weights are gone; load it again")
+        if self._parts is None:
+            self._parts = install(self.module, self.slots, self.dtype, keep_originals)
+        return self._parts
+
+    def apply(self, configuration, for_good=False):
+        """Let the weights hold the values of a configuration (see `configuration`); unchanged ones are not touched.
+
+        `for_good` keeps no float originals, so no other configuration can follow.
+        """
+        configuration = self.configuration(configuration)
+        for key, part in self._install(keep_originals=not for_good).items():
+            if part.method != configuration[key]:
+                part.set_method(configuration[key], self.parameters(key, configuration[key]))
+
+    def restore(self):
+        """Put the float weights back."""
+        for part in self.parts.values():
+            if part.method is not None:
+                part.set_method(None)
+
+    def parameters(self, key, method):
+        """The parameters {name: tensor} of a method for a slot; fitted now if they were not."""
+        tie = self.slots[key].tie
+        if method not in self._fitted(tie):
+            self._fit_slot(tie, [method])
+        return self.entries[tie]["parameters"][method]
+
+    def pack(self, configuration, show=True):
+        """Turn every weight into packed codes of a configuration, layer by layer, for good; returns the module.
+
+        What has not been fitted is fitted on the way. A denoiser of diffusers' is afterwards saved by its own
+        `save_pretrained` and loaded by `from_pretrained` (see quant/pretrained.py).
+        """
+        configuration = self.configuration(configuration)
+        layers = dict.fromkeys(part.layer for part in self._install(keep_originals=False).values())
+        places = module_places(self.module)
+        for layer in self._bar(list(layers), "packing", show):
+            keys = [part.slot.key for part in layer.parts]
+            methods = [configuration[key] for key in keys]
+            packed = layer.packed(methods, [self.parameters(key, configuration[key]) for key in keys])
+            replace_module(places[layer], packed)
+            layer.parts.clear()
+        self._parts = None
+        ties = self._ties()
+        share(self.module, ties)
+        if isinstance(self.module, ModelMixin):
+            attach(self.module, ties, precision_bits=self.precision_bits)
+        return_free_memory()
+        return self.module
+
+    def _ties(self):
+        """{path of a layer: path of the layer whose weights it shares}."""
+        ties = {slot.module_path: self.slots[slot.tie].module_path for slot in self.slots.values()}
+        return {path: shared for path, shared in ties.items() if path != shared}
+
+    def describe(self, configuration):
+        """{key: [method, bytes at P, quantized bytes with overhead, error]} of a configuration, fitted where need be."""
+        configuration = self.configuration(configuration)
+        for key, method in configuration.items():
+            self.parameters(key, method)
+        return config.describe(configuration, self.slots, self.entries, self.precision_bits)
+
+    def avg_bits(self, configuration):
+        """Average bits per weight of a configuration, scales and codebooks counted."""
+        return config.avg_bits(self.describe(configuration), self.precision_bits)
+
+    def _bar(self, items, description, show):
+        return tqdm(items, desc=description, unit="weight", leave=False, delay=SHOWN_AFTER_SECONDS, disable=not show)
