@@ -10,7 +10,8 @@ from zoo import ZOO
 from zoo.test_zoo import output
 
 # Layers of whose weight the forward asks the precision before it calls them. Wan takes the first parameter of its
-# time embedder, whatever that is; Z-Image `weight`. No weight is read, and none is idle.
+# time embedder, whatever that is, and casts its input to that unless it is int8 (so never pack to uint8 parameters
+# there); Z-Image takes `weight`. No weight is read, and none is idle.
 ASKED = {
     "wan": ("condition_embedder.time_embedder.linear_1",),
     "wan_2_2": ("condition_embedder.time_embedder.linear_1",),
