@@ -9,7 +9,7 @@ import torch
 from numba import prange
 
 from quant.compiled import kernel
-from quant.packing import unpack_rows
+from quant.packing import row_bytes, unpack_rows
 from quant.rows import run
 
 LIBRARY = torch.library.Library("qua2sedimo", "DEF")
@@ -36,6 +36,16 @@ def levels_of(table, zero, bits, rows):
     return table.view(1, 1, -1) if table.ndim == 1 else table.reshape(rows, -1, table.shape[-1])
 
 
+def check_shapes(codes, table, zero, bits, count, group):
+    """ValueError unless the tensors are those of `count` codes a row: the compiled look-up reads where it is told to."""
+    rows, groups = codes.shape[0], -(-count // group) if group else 1
+    numbers = zero.numel() == table.numel() == rows * groups if zero is not None else True
+    own = zero is None and table.ndim > 1
+    if codes.shape[1] != row_bytes(count, bits) or not numbers or (own and table[..., 0].numel() != rows * groups):
+        shapes = [list(each.shape) for each in (codes, table, zero) if each is not None]
+        raise ValueError(f"packed codes and tables of shapes {shapes} are not of {count} codes of {bits} bits a row")
+
+
 def _decode_anywhere(codes, table, zero, bits, count, group):
     levels = levels_of(table, zero, bits, len(codes))
     groups, last = levels.shape[1], levels.shape[2] - 1
@@ -46,6 +56,7 @@ def _decode_anywhere(codes, table, zero, bits, count, group):
 
 
 def _decode_cpu(codes, table, zero, bits, count, group):
+    check_shapes(codes, table, zero, bits, count, group)
     levels = levels_of(table, zero, bits, len(codes)).contiguous()
     integer = INTEGERS[levels.itemsize]
     out = torch.empty(len(codes), count, dtype=levels.dtype)
