@@ -32,7 +32,6 @@ def pack(denoiser):
         scale, zero_point = torch.full(slot.shape[:1], 0.01).half(), torch.full(slot.shape[:1], 7).to(torch.int8)
         entries[key] = {"parameters": {"mse-4": {"scale": scale, "zero_point": zero_point}}}
     QuantizedModel.of_slots(denoiser, slots, family.dtype, entries).pack("mse-4")
-    denoiser.to(torch.float32)
 
 
 def main(folder):
