@@ -169,7 +169,7 @@ class Sampler:
         """
         if (dtype := compute_dtype(self.family, device)) != self.family.dtype:
             for pipeline in self.pipelines:
-                pipeline.to(dtype=dtype)
+                _cast(pipeline, dtype)
         _place(self.pipelines, device, self.extras.offload)
 
     def gather(self):
@@ -178,6 +178,15 @@ class Sampler:
             for pipeline in self.pipelines:
                 pipeline.remove_all_hooks()
                 pipeline.to("cpu")
+
+
+def _cast(pipeline, dtype):
+    """Cast the modules of a pipeline. diffusers refuses that of any quantized model; of ours tables keep their precision."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):
+            part.to(dtype=dtype)
+        elif isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype=dtype)
 
 
 def _place(pipelines, device, offload):

@@ -177,7 +177,7 @@ def install(module, slots, precision, keep_originals=True):
         layer = module.get_submodule(slot.module_path)
         if not isinstance(layer, ExchangeableLayer):
             old, layer = layer, exchangeable_form(layer, precision, keep_originals)
-            replace_module(places[old], layer)
+            replace_module(places[id(old)], layer)
             made.add(slot.module_path)
         if slot.module_path in made:
             layer.parts.append(WeightPart(layer, slot))

@@ -218,11 +218,11 @@ def packed_form(layer, parts):
 
 
 def module_places(model):
-    """{module: [(parent, name)]}: every place in `model` where a module stands."""
+    """{id of a module: [(parent, name)]}: every place in `model` where it stands; by id, so that it can be let go."""
     places = {}
     for parent in model.modules():
         for name, module in parent.named_children():
-            places.setdefault(module, []).append((parent, name))
+            places.setdefault(id(module), []).append((parent, name))
     return places
 
 

@@ -156,15 +156,14 @@ class QuantizedModel:
         `save_pretrained` and loaded by `from_pretrained` (see quant/pretrained.py).
         """
         configuration = self.configuration(configuration)
-        layers = dict.fromkeys(part.layer for part in self._install(keep_originals=False).values())
-        places = module_places(self.module)
-        for layer in self._bar(list(layers), "packing", show):
+        left = list(dict.fromkeys(part.layer for part in self._install(keep_originals=False).values()))
+        self._parts, places = None, module_places(self.module)
+        for layer in self._bar(_drained(left), "packing", show, len(left)):
             keys = [part.slot.key for part in layer.parts]
             methods = [configuration[key] for key in keys]
             packed = layer.packed(methods, [self.parameters(key, configuration[key]) for key in keys])
-            replace_module(places[layer], packed)
+            replace_module(places[id(layer)], packed)
             layer.parts.clear()
-        self._parts = None
         ties = self._ties()
         share(self.module, ties)
         if isinstance(self.module, ModelMixin):
@@ -188,5 +187,13 @@ class QuantizedModel:
         """Average bits per weight of a configuration, scales and codebooks counted."""
         return config.avg_bits(self.describe(configuration), self.precision_bits)
 
-    def _bar(self, items, description, show):
-        return tqdm(items, desc=description, unit="weight", leave=False, delay=SHOWN_AFTER_SECONDS, disable=not show)
+    def _bar(self, items, description, show, total=None):
+        options = {"unit": "weight", "leave": False, "delay": SHOWN_AFTER_SECONDS, "disable": not show}
+        return tqdm(items, desc=description, total=total, **options)
+
+
+def _drained(items):
+    """The items of a list in turn, each let go by it."""
+    items.reverse()
+    while items:
+        yield items.pop()

@@ -125,7 +125,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
             _load_packed(module, name, value, param_name, target_device)
         else:
             packed = _fit_and_pack(path, module, value.to(target_device), param_value.dtype, self.quantization_config.method)
-            replace_module(self.places[module], packed)
+            replace_module(self.places[id(module)], packed)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
@@ -201,7 +201,7 @@ def replace_by_empty(model, configuration):
             continue  # one that stands at several places
         if not is_weight_layer(layer):
             raise InputError(f"quantization_config: {path} is a {type(layer).__name__}, which has no weight to quantize")
-        replace_module(places[layer], packed_form(layer, _parts_told(path, told, layer.weight.shape)))
+        replace_module(places[id(layer)], packed_form(layer, _parts_told(path, told, layer.weight.shape)))
 
 
 def _parts_told(path, told, shape):
@@ -270,7 +270,7 @@ def dequantize(model):
     """Put float layers with the decoded weights in the place of the packed ones."""
     places = module_places(model)
     for layer in {layer for _, layer in packed_layers(model)}:
-        replace_module(places[layer], layer.dequantized())
+        replace_module(places[id(layer)], layer.dequantized())
 
 
 class _StateDict(OrderedDict):

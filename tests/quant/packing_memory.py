@@ -32,6 +32,7 @@ def pack(denoiser):
         scale, zero_point = torch.full(slot.shape[:1], 0.01).half(), torch.full(slot.shape[:1], 7).to(torch.int8)
         entries[key] = {"parameters": {"mse-4": {"scale": scale, "zero_point": zero_point}}}
     QuantizedModel.of_slots(denoiser, slots, family.dtype, entries).pack("mse-4")
+    torch.nn.Module.to(denoiser, torch.float32)  # what is not packed lets go of the file, as in computing on a CPU
 
 
 def main(folder):
