@@ -498,7 +498,7 @@ ALL |= {maker.__name__: functools.partial(other_denoisers.make, maker) for maker
 
 
 def replaced(query, *args, float_attention=F.scaled_dot_product_attention, **kwargs):
-    """Hunyuan-DiT's pool over the text has one query, and goes through PyTorch's whole multi-head function: it stays float."""
+    """Hunyuan-DiT's pool over the text, of one query, goes through PyTorch's whole multi-head function and stays float."""
     is_pool = query.shape[-2] == 1
     return (float_attention if is_pool else functools.partial(activations.attention, bits=6))(query, *args, **kwargs)
 
