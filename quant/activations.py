@@ -129,7 +129,9 @@ class _QuantizingForward:
     """The forward of `denoiser`, attention in it quantized to `bits`; None: as it was.
 
     It stands in the denoiser's own attributes in place of the forward that it calls, below accelerate's hooks where there
-    are any. What it refers to copies and pickles with the denoiser. The first forward tells which attention stays float.
+    are any. Another library that takes its own hooks off from beneath takes this off as well: a hook after the forward
+    notices, and puts it back. What it refers to copies and pickles with the denoiser. The first forward tells which
+    attention stays float.
     """
 
     def __init__(self, denoiser):
@@ -137,12 +139,15 @@ class _QuantizingForward:
         self.bits = None
         self.inner = None  # None: the class's own forward
         self.has_told = False
+        self.has_run = False  # since the last call of the denoiser
+        self.handle = None  # of the hook after the forward
 
     @property
     def __signature__(self):
         return inspect.signature(self._inner())
 
     def __call__(self, *args, **kwargs):
+        self.has_run = True
         if self.bits is None:
             return self._inner()(*args, **kwargs)
         with _QuantizedAttention(self.bits) as mode:
@@ -157,11 +162,30 @@ class _QuantizingForward:
         return self.inner or type(self.denoiser).forward.__get__(self.denoiser)
 
     def put_on(self):
+        self._stand_in()
+        self.handle = self.denoiser.register_forward_hook(self._make_sure, with_kwargs=True)
+
+    def _make_sure(self, denoiser, args, kwargs, output):
+        """After a call of the denoiser, if this was taken off: put it back, and its output in place of the other."""
+        if not self.has_run and self.bits is not None and not self._stands():
+            self._stand_in()
+            output = denoiser.forward(*args, **kwargs)
+        self.has_run = False
+        return output
+
+    def _stand_in(self):
         place, attributes = self._place(), vars(self.denoiser)
         inner = attributes.get(place)
         is_own = getattr(inner, "__func__", None) is type(self.denoiser).forward  # as accelerate leaves it: no need of it
         self.inner = None if is_own else inner
         attributes.update({place: self, "_quantizing_forward": self})
+
+    def _stands(self):
+        """Whether this is what the denoiser has, or beneath it: others may wrap it, and answer without asking it."""
+        forward = vars(self.denoiser).get(self._place())
+        while forward is not None and forward is not self:
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is self
 
     def take_off(self):
         """Put the inner forward back; where another library has wrapped this one, it stays and changes nothing."""
@@ -169,6 +193,7 @@ class _QuantizingForward:
         place, attributes = self._place(), vars(self.denoiser)
         if attributes.get(place) is not self:
             return
+        self.handle.remove()
         del attributes["_quantizing_forward"], attributes[place]
         if self.inner is not None or place != "forward":
             attributes[place] = self._inner()

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as HookOfDiffusers
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
@@ -423,7 +425,7 @@ def test_fewer_bits_move_the_output_further_and_none_restores_it(made):
     assert error(outputs[8], before) < error(outputs[6], before) / 4  # a step is 4 times as wide, its square 16 times
     set_activation_bits(denoiser, None)
     assert torch.equal(denoiser(**inputs).sample, before)
-    assert vars(denoiser) == attributes
+    assert vars(denoiser) == attributes and not denoiser._forward_hooks
     assert all(layer.act_bits is None for layer in layers(denoiser))
 
 
@@ -581,6 +583,34 @@ def test_offloading_hooks_come_and_go_around_it():
             assert torch.equal(denoiser(**inputs).sample, outputs[bits]), (order, change)
         set_activation_bits(denoiser, None)
         assert denoiser.forward.__func__ is type(denoiser).forward
+
+
+def test_it_is_put_back_where_another_library_takes_it_off():
+    """diffusers' own hooks, taken off from beneath, put back the forward that they found."""
+    denoiser, inputs = make("dit")
+    before = denoiser(**inputs).sample
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(HookOfDiffusers(), "beneath")
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    registry.remove_hook("beneath")
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+    registry.register_hook(HookOfDiffusers(), "above")
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+    set_activation_bits(denoiser, None)
+    assert torch.equal(denoiser(**inputs).sample, before)
+
+
+def test_who_answers_for_the_denoiser_above_it_is_let_be():
+    """As caches do that skip a forward."""
+    denoiser, inputs = make("dit")
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    below = denoiser.forward
+    denoiser.forward = functools.update_wrapper(lambda **_: "cached", below)
+    assert denoiser(**inputs) == "cached"
+    denoiser.forward = below
+    assert torch.equal(denoiser(**inputs).sample, quantized)
 
 
 def test_the_forward_shows_its_parameters():
