@@ -9,7 +9,6 @@ the one whose shifts have the shortest sum.
 
 import contextlib
 import functools
-import inspect
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,8 @@ import torch
 
 from errors import InputError
 from evaluation.images import in_batches, noise_generators
-from models.inputs import Taken, map_tensors
+from models.inputs import map_tensors
+from models.listening import Taken, answering_once, overheard, stopping
 
 SKETCH = 8192  # numbers that a shift is kept as
 
@@ -63,7 +63,8 @@ def rehearse(sampler, prompt, settings):
         heard.append("call")
         found.append((map_tensors(_length, arguments), output.device))
 
-    with answering_once(sampler.denoiser), overheard(sampler, on_call, lambda _: heard.append("step")):
+    denoiser, scheduler = sampler.denoiser, sampler.pipeline.scheduler
+    with answering_once(denoiser), overheard(denoiser, scheduler, on_call, lambda _: heard.append("step")):
         draw(sampler, [prompt], range(1), settings)
     calls = len(heard) // 2
     if heard != ["call", "step"] * calls:
@@ -91,7 +92,7 @@ def take_calls(sampler, prompts, settings, chosen, indices):
         if number == chosen[-1]:
             raise Taken
 
-    with overheard(sampler, on_call, on_step):
+    with overheard(sampler.denoiser, sampler.pipeline.scheduler, on_call, on_step):
         draw(sampler, prompts[indices.start : indices.stop], indices, settings)
     return calls
 
@@ -102,19 +103,9 @@ def draw(sampler, prompts, indices, settings):
     call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "output_type": "latent"}
     if getattr(settings, "hand_over", None):
         call["denoising_end"] = settings.hand_over
-    vae = sampler.pipeline.vae
-    decode = vae.decode
-    vae.decode = _stop  # some pipelines decode whatever they are asked for
-    try:
+    # Some pipelines decode whatever they are asked for.
+    with contextlib.suppress(Taken), stopping(sampler.pipeline.vae, "decode"):
         sampler.pipeline(**call, generator=noise_generators(settings.seed, indices))
-    except Taken:
-        pass
-    finally:
-        vae.decode = decode
-
-
-def _stop(*_args, **_kwargs):
-    raise Taken
 
 
 def _length(tensor):
@@ -123,54 +114,6 @@ def _length(tensor):
 
 def _kept(tensor):
     return tensor.detach().to("cpu", copy=True)
-
-
-@contextlib.contextmanager
-def overheard(sampler, on_call, on_step):
-    """Hear what the pipeline asks: on_call(arguments, output) of its denoiser, on_step(model output) of its sampler."""
-    denoiser, scheduler = sampler.denoiser, sampler.pipeline.scheduler
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    step = scheduler.step
-
-    def called(_module, positional, named, output):
-        on_call(dict(zip(names, positional, strict=False)) | named, output[0])
-
-    @functools.wraps(step)
-    def stepping(model_output, *args, **kwargs):
-        on_step(model_output)
-        return step(model_output, *args, **kwargs)
-
-    handle = denoiser.register_forward_hook(called, with_kwargs=True)
-    scheduler.step = stepping
-    try:
-        yield
-    finally:
-        handle.remove()
-        del scheduler.step
-
-
-@contextlib.contextmanager
-def answering_once(denoiser):
-    """The denoiser computes its first answer and gives the same ever after."""
-    before = vars(denoiser).get("forward")  # hooks of other libraries stand there
-    denoiser.forward = functools.wraps(denoiser.forward)(_once(denoiser.forward))
-    try:
-        yield
-    finally:
-        del denoiser.forward
-        if before is not None:
-            denoiser.forward = before
-
-
-def _once(function):
-    answers = []
-
-    def first_answer(*args, **kwargs):
-        if not answers:
-            answers.append(function(*args, **kwargs))
-        return answers[0]
-
-    return first_answer
 
 
 class Probe:

@@ -19,6 +19,7 @@ from evaluation import fid
 from evaluation.images import noise_generators, save_png
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
+from models.listening import timed
 from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
 from stages.eval_random import prompts_for
@@ -50,11 +51,11 @@ def label_ours(job, device, reference):
     workers = ThisProcess(job, device, make_extractor(job, device), StoredPrompts(job), watch)
     denoiser = workers.labeller.sampler.denoiser
     encoding = watch.take().get("encode", 0.0)
-    denoiser.forward = workers.labeller.watch.timed("denoiser", denoiser.forward)
     start = time.perf_counter()
     labelling = Labelling(job, workers, reference, watch)
-    fids = [labelling.measure_full_precision()["FID-GT-1k"]]
-    fids += [row["FID-GT-1k"] for row in labelling.label(list(labelling.indices))]
+    with timed(workers.labeller.watch, "denoiser", denoiser, "forward"):
+        fids = [labelling.measure_full_precision()["FID-GT-1k"]]
+        fids += [row["FID-GT-1k"] for row in labelling.label(list(labelling.indices))]
     return fids, encoding + time.perf_counter() - start, watch.seconds["denoiser"]
 
 

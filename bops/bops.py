@@ -20,9 +20,11 @@ def tera_bops(macs, slots, method_by_key, act_bits=FLOAT_BITS):
     """Tera-BOPs of one denoiser call for one image.
 
     `method_by_key` is {key of a slot: method name, or None for full precision}; the slots' layers have
-    inputs of `act_bits`, and so have the attention's queries, keys and probabilities.
+    inputs of `act_bits`, and so have the attention's queries, keys and probabilities; products that no one quantizes
+    take FLOAT_BITS on both sides.
     """
-    total = macs.norms * NORM_BITS + macs.attention_qk * act_bits * act_bits + macs.attention_av * act_bits * FLOAT_BITS
+    total = macs.products * FLOAT_BITS * FLOAT_BITS
+    total += macs.norms * NORM_BITS + macs.attention_qk * act_bits * act_bits + macs.attention_av * act_bits * FLOAT_BITS
     weights = Counter()  # module path -> weights in slots
     for slot in slots.values():
         weights[slot.module_path] += slot.shape.numel()

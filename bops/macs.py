@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant.slots import WEIGHT_LAYERS
 
-NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm)
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm)
+# Matrix products of two computed tensors, and where among a product's arguments the first of the two stands.
+PRODUCTS = {torch.matmul: 0, torch.Tensor.matmul: 0, torch.Tensor.__matmul__: 0, torch.bmm: 0, torch.baddbmm: 1}
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Macs:
     norms: int = 0
     attention_qk: int = 0  # queries x keys
     attention_av: int = 0  # attention x values
+    products: int = 0  # other products of computed tensors: linear attention, and processors that write out the softmax
 
 
 def count_macs(denoiser, inputs):
@@ -34,7 +38,7 @@ def count_macs(denoiser, inputs):
         if isinstance(module, (*WEIGHT_LAYERS, *NORM_LAYERS))
     ]
     try:
-        with torch.no_grad(), _CountAttention(macs):
+        with torch.no_grad(), _CountProducts(macs):
             denoiser(**inputs)
     finally:
         for handle in handles:
@@ -53,17 +57,25 @@ def _counter(macs, path):
     return count
 
 
-class _CountAttention(TorchFunctionMode):
-    """Counts the two matrix products of every scaled dot-product attention."""
+class _CountProducts(TorchFunctionMode):
+    """Counts the two matrix products of every scaled dot-product attention, in full where a mask leaves some out; others."""
 
     def __init__(self, macs):
         super().__init__()
         self.macs = macs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3]  # [..., T, D], [..., S, D], [..., S, V]
-            scores = query.numel() // query.shape[-1] * key.shape[-2]  # batch x heads x T x S
-            self.macs.attention_qk += scores * query.shape[-1]
-            self.macs.attention_av += scores * value.shape[-1]
-        return func(*args, **(kwargs or {}))
+            self.count(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func in PRODUCTS:
+            first = (*args, *kwargs.values())[PRODUCTS[func]]  # [..., T, D], the output [..., T, S]
+            self.macs.products += output.numel() * first.shape[-1]
+        return output
+
+    def count(self, query, key, value, *_args, **_kwargs):
+        """query [..., H, T, D], key [..., H', S, D], value [..., H', S, V]; H' < H where heads share keys (GQA)."""
+        scores = query.numel() // query.shape[-1] * key.shape[-2]  # batch x H x T x S
+        self.macs.attention_qk += scores * query.shape[-1]
+        self.macs.attention_av += scores * value.shape[-1]

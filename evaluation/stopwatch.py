@@ -1,7 +1,6 @@
 """Where a run's time goes: seconds by phase, each second in one phase only."""
 
 import contextlib
-import functools
 import time
 
 import torch
@@ -25,16 +24,6 @@ class Stopwatch:
         finally:
             self._book()
             self._running.pop()
-
-    def timed(self, name, function):
-        """`function`, its calls counted in the phase `name`."""
-
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return call
 
     def take(self):
         """Seconds by phase since the last `take`."""

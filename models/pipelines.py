@@ -14,7 +14,8 @@ import torch
 from errors import InputError, first_line
 from models import facts, lora, schedulers
 from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, require
-from models.inputs import Taken, first_call, map_tensors, prompt_argument
+from models.inputs import map_tensors, prompt_argument
+from models.listening import first_call, latents_taken, until_latents
 from models.single_file import SingleFile
 from quant.memory import return_free_memory
 
@@ -121,18 +122,9 @@ class Sampler:
 
         Latents are float32 [N, C, h, w] on the CPU, at the scale that the denoiser sees.
         """
-        vae, taken = self.pipeline.vae, []
-        decode = vae.decode
-
-        def taking(latents, *args, **kwargs):
-            taken.append(latents)
-            return decode(latents, *args, **kwargs)
-
-        vae.decode = taking
-        try:
+        vae = self.pipeline.vae
+        with latents_taken(vae) as taken:
             images = self.images(prompts, generators, steps, guidance, resolution)
-        finally:
-            vae.decode = decode
         (latents,) = taken
         return images, latents.float().cpu() * vae.config.scaling_factor
 
@@ -150,11 +142,11 @@ class Sampler:
     def encode(self, prompt, guidance, resolution):
         """Take the pipelines through the encoding of one prompt as `images` would, and no further."""
         call = self.arguments([prompt], resolution) | {"num_inference_steps": SHORTEST, "guidance_scale": guidance}
-        _until_latents(self.pipeline, **call)
+        until_latents(self.pipeline, **call)
         if self.refiner is not None:
             latents = torch.zeros(1, self.refiner.unet.config.in_channels, 8, 8)
             again = {"prompt": [prompt], "guidance_scale": guidance, "num_inference_steps": SHORTEST, "strength": 1.0}
-            _until_latents(self.refiner, image=latents, **again, **self._negative(self.refiner, [prompt]))
+            until_latents(self.refiner, image=latents, **again, **self._negative(self.refiner, [prompt]))
 
     def denoiser_inputs(self, resolution):
         """What the denoiser is called with for one image without guidance, on the meta device: for shapes alone."""
@@ -211,23 +203,6 @@ def height_width(resolution):
     """(height, width) of pixels per side or "HxW"."""
     height, _, width = str(resolution).partition("x")
     return int(height), int(width or height)
-
-
-def _until_latents(pipeline, **arguments):
-    """Run a pipeline until it asks for its first latents: all prompts are encoded by then."""
-
-    def stop(*_args, **_kwargs):
-        raise Taken
-
-    pipeline.prepare_latents = stop
-    try:
-        with torch.no_grad():
-            pipeline(**arguments, output_type="latent")
-    except Taken:
-        return
-    finally:
-        del pipeline.prepare_latents
-    raise RuntimeError(f"{type(pipeline).__name__} did not ask for latents")
 
 
 def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, place=True):

@@ -13,43 +13,43 @@ from tqdm import tqdm
 
 from errors import InputError
 from models.components import TEXT_ENCODERS
+from models.listening import StandIn
 from models.pipelines import ANY_PROMPT
 from quant.files import atomic_write, load_checkpoint
 
 
 class PromptMemo:
-    """Stands in for a pipeline's `encode_prompt` and remembers what it returned.
+    """Answers for a pipeline's `encode_prompt`, for good, and remembers what it returned.
 
     `known` are the embeddings of an earlier memo: {hash of prompt and arguments: [tensor or None, ...]}.
     """
 
     def __init__(self, pipeline, known=None):
         self.pipeline = pipeline
-        self.encode = pipeline.encode_prompt
-        self.signature = inspect.signature(self.encode)
+        self.signature = inspect.signature(pipeline.encode_prompt)
         self.known = {} if known is None else known
         self.distinct = {}
-        pipeline.encode_prompt = self
+        StandIn(pipeline, "encode_prompt", self.answer).put()  # its encoders go: there is nothing to come back to
 
     @torch.no_grad()
-    def __call__(self, *args, **kwargs):
+    def answer(self, encode, *args, **kwargs):
         """As the pipeline's own: tensors [N x images per prompt, ...] or None, for N prompts."""
         arguments = self.signature.bind(*args, **kwargs).arguments
         prompts = arguments.pop("prompt")
         if not isinstance(prompts, list) or any(torch.is_tensor(value) for value in arguments.values()):
-            return self.encode(*args, **kwargs)
+            return encode(*args, **kwargs)
         device = self.pipeline._execution_device
-        rows = [self._of(prompt, _share(arguments, place, len(prompts))) for place, prompt in enumerate(prompts)]
+        rows = [self._of(encode, prompt, _share(arguments, place, len(prompts))) for place, prompt in enumerate(prompts)]
         columns = zip(*rows, strict=True)
         return tuple(None if column[0] is None else torch.cat(column).to(device) for column in columns)
 
-    def _of(self, prompt, arguments):
+    def _of(self, encode, prompt, arguments):
         rest = repr(sorted((name, value) for name, value in arguments.items() if name != "device"))
         name = hashlib.sha256(f"{prompt}\n{rest}".encode()).hexdigest()[:32]
         if name not in self.known:
             if self.is_released:
                 raise RuntimeError(f"the text encoders are released and {prompt!r} was never encoded")
-            tensors = self.encode(prompt=[prompt], **arguments)
+            tensors = encode(prompt=[prompt], **arguments)
             self.known[name] = [None if tensor is None else self._shared(tensor.cpu()) for tensor in tensors]
         return self.known[name]
 
@@ -77,7 +77,7 @@ def _share(arguments, place, count):
 
 
 def remember(sampler, embeddings=None):
-    """Memos in place of the `encode_prompt` of each of the sampler's pipelines that has one.
+    """Memos for the `encode_prompt` of each of the sampler's pipelines that has one.
 
     `embeddings` is what `encode_prompts` returned: with it no text encoder is asked, nor kept.
     """

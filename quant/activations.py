@@ -5,13 +5,17 @@ Q, K and V per token and head, its probabilities as unsigned 8 bit. All of it is
 comes back are floats, in the dtype of what went in, that the codes stand for.
 """
 
-import functools
+import contextlib
+import inspect
+import logging
 import math
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch.overrides import TorchFunctionMode
+
+log = logging.getLogger("qua2sedimo")
 
 ACT_BITS = (8, 6)
 SOFTMAX_BITS = 8  # whatever bits the rest takes
@@ -33,7 +37,7 @@ def quantize_tokens(values, bits):
 
 
 def quantize_channels(values, bits):
-    """`values` [N, C, H, W] or [N, C, L], a convolution's input, quantized per sample and channel."""
+    """`values` [N, C, L], [N, C, H, W] or [N, C, T, H, W], a convolution's input, quantized per sample and channel."""
     return quantize_tokens(values.flatten(2), bits).view(values.shape)
 
 
@@ -56,15 +60,22 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     """F.scaled_dot_product_attention with Q, K, V and the probabilities quantized (Mills et al., 2025).
 
     query [..., L, D], key [..., S, D], value [..., S, E]; attn_mask, boolean (true: attend) or additive,
-    broadcasts to [..., L, S]; returns [..., L, E] in the query's dtype. Products and softmax are computed
-    in float32 (float64 for float64). Queries are taken a chunk at a time, MAX_SCORES scores at most.
+    broadcasts to [..., L, S]; returns [..., L, E] in the query's dtype. With is_causal query i attends to keys 0 to i;
+    with enable_gqa each head of key and value [..., H', S, D] serves H/H' heads of the query, one after the other.
+    Products and softmax are computed in float32 (float64 for float64). Queries are taken a chunk at a time, MAX_SCORES
+    scores at most. NotImplementedError for dropout, which belongs to training.
     """
-    for name, wanted in {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}.items():
-        if wanted:
-            raise NotImplementedError(f"quantized attention has no {name} (given {wanted})")
+    if dropout_p:
+        raise NotImplementedError(f"quantized attention has no dropout_p (given {dropout_p}); call eval() on the denoiser")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attention takes attn_mask or is_causal, not both")
     dtype = query.dtype
     query, key, value = (_widen(quantize_tokens(tensor, bits)) for tensor in (query, key, value))
     query.mul_(query.shape[-1] ** -0.5 if scale is None else scale)
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     chunk = max(1, MAX_SCORES // (math.prod(batch) * key.shape[-2]))  # queries
     queries = query.split(chunk, dim=-2)
@@ -114,52 +125,146 @@ class _QuantizedAttention(TorchFunctionMode):
         return attention(*args, **(kwargs or {}), bits=self.bits)
 
 
-class QuantAttnProcessor:
-    """diffusers' attention processor `inner`, unchanged but for its attention being quantized.
+class _QuantizingForward:
+    """The forward of `denoiser`, attention in it quantized to `bits`; None: as it was.
 
-    `calls` counts how often it has run. RuntimeError if `inner` does not go through
-    F.scaled_dot_product_attention, where there would be nothing to quantize.
+    It stands in the denoiser's own attributes in place of the forward that it calls, below accelerate's hooks where there
+    are any. Another library that takes its own hooks off from beneath takes this off as well: a hook after the forward
+    notices, and puts it back. What it refers to copies and pickles with the denoiser. The first forward tells which
+    attention stays float.
     """
 
-    def __init__(self, inner, bits):
-        self.inner = inner
-        self.bits = bits
-        self.calls = 0
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.bits = None
+        self.inner = None  # None: the class's own forward
+        self.has_told = False
+        self.has_run = False  # since the last call of the denoiser
+        self.handle = None  # of the hook after the forward
 
     @property
-    def __call__(self):
-        """A function with the parameters of `inner`, by which diffusers decides what to pass."""
+    def __signature__(self):
+        return inspect.signature(self._inner())
 
-        @functools.wraps(self.inner.__call__)
-        def call(*args, **kwargs):
-            with _QuantizedAttention(self.bits) as mode:
-                output = self.inner(*args, **kwargs)
-            if not mode.calls:
-                name = type(self.inner).__name__
-                raise RuntimeError(f"{name} does not call F.scaled_dot_product_attention: it cannot be quantized")
-            self.calls += 1
-            return output
+    def __call__(self, *args, **kwargs):
+        self.has_run = True
+        if self.bits is None:
+            return self._inner()(*args, **kwargs)
+        with _QuantizedAttention(self.bits) as mode:
+            if self.has_told or torch.compiler.is_compiling():
+                return self._inner()(*args, **kwargs)
+            with _telling_float_attention(self.denoiser, mode):
+                output = self._inner()(*args, **kwargs)
+        self.has_told = True
+        return output
 
-        return call
+    def _inner(self):
+        return self.inner or type(self.denoiser).forward.__get__(self.denoiser)
+
+    def put_on(self):
+        self._stand_in()
+        self.handle = self.denoiser.register_forward_hook(self._make_sure, with_kwargs=True)
+
+    def _make_sure(self, denoiser, args, kwargs, output):
+        """After a call of the denoiser, if this was taken off: put it back, and its output in place of the other."""
+        if not self.has_run and self.bits is not None and not self._stands():
+            self._stand_in()
+            output = denoiser.forward(*args, **kwargs)
+        self.has_run = False
+        return output
+
+    def _stand_in(self):
+        place, attributes = self._place(), vars(self.denoiser)
+        inner = attributes.get(place)
+        is_own = getattr(inner, "__func__", None) is type(self.denoiser).forward  # as accelerate leaves it: no need of it
+        self.inner = None if is_own else inner
+        attributes.update({place: self, "_quantizing_forward": self})
+
+    def _stands(self):
+        """Whether this is what the denoiser has, or beneath it: others may wrap it, and answer without asking it."""
+        forward = vars(self.denoiser).get(self._place())
+        while forward is not None and forward is not self:
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is self
+
+    def take_off(self):
+        """Put the inner forward back; where another library has wrapped this one, it stays and changes nothing."""
+        self.bits = None
+        place, attributes = self._place(), vars(self.denoiser)
+        if attributes.get(place) is not self:
+            return
+        self.handle.remove()
+        del attributes["_quantizing_forward"], attributes[place]
+        if self.inner is not None or place != "forward":
+            attributes[place] = self._inner()
+
+    def _place(self):
+        """The attribute that holds the forward: accelerate's hooks call and put back the one that they keep."""
+        return "_old_forward" if "_old_forward" in vars(self.denoiser) else "forward"
+
+
+@contextlib.contextmanager
+def _telling_float_attention(denoiser, mode):
+    """Log, once the block has run through, which attention modules of the denoiser ran in it without a call of `mode`."""
+    calls, stays_float = {}, {}  # module -> calls of `mode` before it ran; whether there were as many after it
+
+    def before(module, _args):
+        calls[module] = mode.calls
+
+    def after(module, _args, _output):
+        stays_float[module] = mode.calls == calls[module]
+
+    handles = []
+    for module in denoiser.modules():
+        if "Attention" in type(module).__name__:
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    _tell(denoiser, [module for module in stays_float if stays_float[module]], len(stays_float), mode.calls)
+
+
+def _tell(denoiser, floats, count, calls):
+    if floats:
+        names = Counter(map(_attention_name, floats))
+        log.warning(
+            "%d of %d attention modules keep float activations, since they do not call F.scaled_dot_product_attention: %s",
+            *(len(floats), count, ", ".join(f"{number} {name}" for name, number in names.items())),
+        )
+    elif not calls:
+        log.warning(
+            "%s keeps float attention, if it has any: it does not call F.scaled_dot_product_attention",
+            type(denoiser).__name__,
+        )
+
+
+def _attention_name(module):
+    """Class of an attention module, and of its processor, which is what computes, where it has one."""
+    name, processor = type(module).__name__, getattr(module, "processor", None)
+    return name if processor is None else f"{name} with {type(processor).__name__}"
 
 
 def set_activation_bits(denoiser, bits):
-    """Quantize the activations of `denoiser` to `bits` (ACT_BITS); None: back to what it was, processors included.
+    """Quantize the activations of `denoiser` to `bits` (ACT_BITS); None: back to what it was. ValueError for other bits.
 
-    Reaches the layers that quant.layers.install has put in (they have `act_bits`) and every attention.
+    Reaches the inputs of the layers that quant.layers.install has put in (they have `act_bits`), and in the denoiser's
+    forward, of this denoiser alone, all that goes through F.scaled_dot_product_attention, whichever module calls it.
+    Attention that does not (linear attention, processors of their own, other kernels) stays float; the first forward
+    says so in the log.
     """
     if bits is not None and bits not in ACT_BITS:
         raise ValueError(f"activations take {' or '.join(map(str, ACT_BITS))} bits, or None, not {bits!r}")
-    for module in list(denoiser.modules()):  # setting a processor may change the modules
+    for module in denoiser.modules():
         if hasattr(module, "act_bits"):
             module.act_bits = bits
-        elif isinstance(module, Attention):
-            module.set_processor(_with_bits(module.processor, bits))
-
-
-def _with_bits(processor, bits):
-    """The form of `processor`, which may be one already, that quantizes to `bits`; its inner one for None."""
-    if not isinstance(processor, QuantAttnProcessor):
-        return processor if bits is None else QuantAttnProcessor(processor, bits)
-    processor.bits = bits
-    return processor.inner if bits is None else processor
+    forward = vars(denoiser).get("_quantizing_forward")
+    if bits is None:
+        if forward is not None:
+            forward.take_off()
+        return
+    if forward is None:
+        forward = _QuantizingForward(denoiser)
+        forward.put_on()
+    forward.bits = bits

@@ -13,6 +13,7 @@ from evaluation.images import generate_batches
 from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
+from models.listening import timed
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config, multiquantizer
 from stages.common import in_precision
@@ -87,8 +88,6 @@ class Labeller:
         denoiser = self.sampler.denoiser
         self.model = multiquantizer.load_model(self.args.multi_chkpt, denoiser, self.family)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
-        vae = self.sampler.pipeline.vae
-        vae.decode = self.watch.timed("decode", vae.decode)
 
     def configuration(self, index):
         if self.args.q_config:
@@ -122,7 +121,8 @@ class Labeller:
         """
         with self.watch.phase("quantize"):
             self.put(task.index)
-        with self.judges() as judge, self.watch.phase("denoise"):
+        decoding = timed(self.watch, "decode", self.sampler.pipeline.vae, "decode")
+        with decoding, self.judges() as judge, self.watch.phase("denoise"):
             batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
             judged = [judge.submit(self.judge, batch, baseline) for batch in self.told(batches)]
             with self.watch.phase("features"):

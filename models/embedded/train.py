@@ -25,7 +25,8 @@ from models.embedded.classifier import save_classifier, train_classifier
 from models.embedded.denoisers import RECIPES, assemble, build_vae
 from models.embedded.digits import draw, load_scans, random_pairs
 from models.embedded.text_encoders import load_text_encoder, train_text_encoder
-from models.inputs import first_call, prompt_argument
+from models.inputs import prompt_argument
+from models.listening import first_call
 from quant.files import atomic_write, load_checkpoint
 
 CAPTION_DROP = 0.1

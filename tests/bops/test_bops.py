@@ -1,14 +1,17 @@
 import functools
 
+import other_denoisers
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from bops.bops import tera_bops
 from bops.macs import Macs, count_macs
 from models import geometry
 from models.families import FAMILIES
-from quant.slots import WeightSlot, find_slots
+from quant.slots import ANY_MODULE, WeightSlot, find_slots
 
 
 def test_layers_by_hand():
@@ -34,10 +37,10 @@ WHOLE = {name: slot(name, name, (2, 5)) for name in "abc"}
 
 
 def test_sum_by_hand():
-    macs = Macs(layers={"a": 10, "b": 100, "c": 1000, "outside": 7}, norms=3, attention_qk=5, attention_av=9)
+    macs = Macs(layers={"a": 10, "b": 100, "c": 1000, "outside": 7}, norms=3, attention_qk=5, attention_av=9, products=2)
     methods = {"a": "mse-3", "b": "kmeans-3", "c": None}
     weights = 10 * 3 * 8 + 100 * 16 * 8 + 1000 * 16 * 8 + 7 * 16
-    others = 3 * 32 + 5 * 8 * 8 + 9 * 8 * 16
+    others = 3 * 32 + 5 * 8 * 8 + 9 * 8 * 16 + 2 * 16 * 16
     assert tera_bops(macs, WHOLE, methods, act_bits=8) * 1e12 == pytest.approx(weights + others)
 
 
@@ -63,7 +66,7 @@ def real_macs(name):
 def test_every_slot_s_layer_is_counted(name):
     macs, slots = real_macs(name)
     assert macs.layers.keys() == {slot.module_path for slot in slots.values()}
-    assert all(macs.layers.values()) and macs.attention_qk and macs.attention_av and macs.norms
+    assert all(macs.layers.values()) and macs.attention_qk and macs.attention_av and macs.norms and not macs.products
 
 
 def test_dit_xl_at_512_px():
@@ -113,3 +116,75 @@ def test_fewer_bits_cost_less(name):
     assert costs[0] < costs[1] < costs[2] == costs[3]
     step = sum(macs.layers.values()) * 16 / 1e12  # one bit more for every weight
     assert costs[1] - costs[0] == pytest.approx(step) and costs[3] - costs[1] == pytest.approx(12 * step)
+
+
+# Beyond the six families
+
+
+@functools.cache
+def other_macs(maker):
+    """MACs of two images, and the denoiser."""
+    denoiser, inputs = other_denoisers.make(maker)
+    return count_macs(denoiser, inputs), denoiser
+
+
+@pytest.mark.parametrize("maker", other_denoisers.MAKERS)
+def test_other_denoisers_are_counted_whatever_way_attention_gets_its_arguments(maker, monkeypatch):
+    """Attention's products are those of the shapes that PyTorch's own function sees."""
+    macs, denoiser = other_macs(maker)
+    assert macs.layers.keys() == {slot.module_path for slot in find_slots(denoiser, ANY_MODULE).values()}
+    assert all(macs.layers.values()) and macs.norms
+    shapes, attention = [], F.scaled_dot_product_attention
+
+    def heard(query, key, value, *args, **kwargs):
+        shapes.append((*query.shape, key.shape[-2], value.shape[-1]))
+        return attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heard)
+    again, inputs = other_denoisers.make(maker)
+    again(**inputs)
+    assert shapes
+    assert macs.attention_qk == sum(n * h * t * d * s for n, h, t, d, s, _ in shapes)
+    assert macs.attention_av == sum(n * h * t * s * v for n, h, t, _, s, v in shapes)
+
+
+def test_flux_by_hand():
+    """One double and two single blocks over 16 image and 5 text tokens, 2 heads of 16, two images."""
+    macs, _ = other_macs(other_denoisers.flux)
+    assert macs.attention_qk == macs.attention_av == 2 * 3 * 21 * 21 * 32
+    assert macs.layers["transformer_blocks.0.attn.to_q"] == 2 * 16 * 32 * 32
+    assert macs.layers["single_transformer_blocks.1.proj_mlp"] == 2 * 21 * 32 * 128
+
+
+def test_wan_by_hand():
+    """Three frames of 8 x 8 in patches of 1 x 2 x 2 are 48 tokens; two blocks look at them and at 5 of text."""
+    macs, _ = other_macs(other_denoisers.wan)
+    assert macs.layers["patch_embedding"] == 2 * 48 * 24 * (4 * 1 * 2 * 2)
+    assert macs.attention_qk == macs.attention_av == 2 * 2 * 48 * (48 + 5) * 24
+
+
+def test_linear_attention_by_hand():
+    """Sana's, in each of two blocks and 2 heads of 8: values and a row of ones times keys, and that times 16 queries."""
+    macs, _ = other_macs(other_denoisers.sana)
+    assert macs.products == 2 * 2 * 2 * 2 * (8 + 1) * 8 * 16
+    assert macs.attention_qk == 2 * 2 * 16 * 5 * 16  # cross-attention to the text
+
+
+def test_attention_written_out_costs_what_the_function_costs():
+    attention = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8)
+    inputs = {"hidden_states": torch.zeros(3, 9, 16), "encoder_hidden_states": torch.zeros(3, 5, 12)}
+    counted = []
+    for processor in (AttnProcessor2_0(), AttnProcessor()):
+        attention.set_processor(processor)
+        counted.append(count_macs(attention, inputs))
+    assert counted[0].attention_qk + counted[0].attention_av == counted[1].products == 2 * 3 * 9 * 5 * 16
+    assert counted[0].products == counted[1].attention_qk == 0
+
+
+def test_shared_keys_are_multiplied_by_every_query_head():
+    class Net(nn.Module):
+        def forward(self, query, key):
+            return F.scaled_dot_product_attention(query=query, key=key, value=key, enable_gqa=True)
+
+    macs = count_macs(Net(), {"query": torch.zeros(1, 6, 5, 4), "key": torch.zeros(1, 2, 7, 4)})
+    assert macs.attention_qk == macs.attention_av == 6 * 5 * 7 * 4

@@ -1,17 +1,23 @@
 import copy
+import functools
 import inspect
 import itertools
 import math
+import pickle
 
 import diffusers
+import other_denoisers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, HunyuanAttnProcessor2_0
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as HookOfDiffusers
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from quant import activations
-from quant.activations import QuantAttnProcessor, quantize_channels, quantize_tokens, set_activation_bits
+from quant.activations import quantize_channels, quantize_tokens, set_activation_bits
 from quant.exchangeable import ExchangeableLayer, exchangeable_form, install
 from quant.slots import find_slots
 
@@ -95,7 +101,7 @@ def test_every_token_has_its_own_scale():
     assert (together[0] - small).abs().max() <= (small.max() - small.min()) / 255
 
 
-@pytest.mark.parametrize(("shape", "places"), [((2, 3, 5, 7), (2, 3)), ((2, 3, 9), (2,))])
+@pytest.mark.parametrize(("shape", "places"), [((2, 3, 5, 7), (2, 3)), ((2, 3, 9), (2,)), ((2, 3, 2, 3, 4), (2, 3, 4))])
 def test_channels_equal_a_loop(shape, places):
     values = random(*shape, dtype=torch.float64) * torch.arange(1, 4).reshape(1, 3, *[1] * len(places))
     expected = torch.stack([torch.stack([loop_tokens(c.flatten(), 6).view_as(c) for c in sample]) for sample in values])
@@ -240,10 +246,28 @@ def test_attention_leaves_its_arguments_alone(query_key_value):
     assert all(map(torch.equal, query_key_value, before))
 
 
-@pytest.mark.parametrize("refused", ["is_causal", "dropout_p", "enable_gqa"])
-def test_what_it_does_not_compute_is_refused(query_key_value, refused):
-    with pytest.raises(NotImplementedError, match=refused):
-        activations.attention(*query_key_value, bits=8, **{refused: 0.5 if refused == "dropout_p" else True})
+def test_causal_attention_looks_back_only(query_key_value):
+    past = torch.arange(QUERIES)[:, None] >= torch.arange(KEYS)
+    causal = activations.attention(*query_key_value, is_causal=True, bits=8)
+    assert torch.equal(causal, activations.attention(*query_key_value, past, bits=8))
+    first_value = quantize_tokens(query_key_value[2], 8)[..., 0, :]  # the first query has one key to look at
+    torch.testing.assert_close(causal[..., 0, :], first_value, rtol=1e-12, atol=0)
+
+
+def test_grouped_heads_share_their_keys(query_key_value):
+    """Four query heads on two of keys and values: heads 0 and 1 of the first, 2 and 3 of the second."""
+    query, (key, value) = random(BATCH, 4, QUERIES, WIDTH), (each.float()[:, :2] for each in query_key_value[1:])
+    grouped = activations.attention(query, key, value, enable_gqa=True, bits=6)
+    for head in range(4):
+        alone = (query[:, [head]], key[:, [head // 2]], value[:, [head // 2]])
+        torch.testing.assert_close(grouped[:, [head]], activations.attention(*alone, bits=6))
+
+
+def test_what_it_does_not_compute_is_refused(query_key_value):
+    with pytest.raises(NotImplementedError, match=r"dropout_p \(given 0.5\); call eval"):
+        activations.attention(*query_key_value, dropout_p=0.5, bits=8)
+    with pytest.raises(ValueError, match="attn_mask or is_causal"):
+        activations.attention(*query_key_value, boolean_mask(FULL), is_causal=True, bits=8)
 
 
 # Layers
@@ -255,6 +279,7 @@ def test_what_it_does_not_compute_is_refused(query_key_value, refused):
         (nn.Linear(24, 10), (3, 5, 24), quantize_tokens),
         (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 8, 8), quantize_channels),
         (nn.Conv1d(4, 6, 3), (2, 4, 9), quantize_channels),
+        (nn.Conv3d(4, 6, (1, 2, 2), stride=(1, 2, 2)), (2, 4, 3, 8, 8), quantize_channels),
     ],
 )
 def test_a_layer_quantizes_its_input(layer, shape, quantize):
@@ -383,7 +408,7 @@ def error(output, reference):
 
 def test_fewer_bits_move_the_output_further_and_none_restores_it(made):
     denoiser, inputs = made
-    processors = [module.processor for module in attentions(denoiser)]
+    attributes = dict(vars(denoiser))
     before = denoiser(**inputs).sample
     outputs = {}
     for bits in activations.ACT_BITS:
@@ -393,7 +418,7 @@ def test_fewer_bits_move_the_output_further_and_none_restores_it(made):
     assert error(outputs[8], before) < error(outputs[6], before) / 4  # a step is 4 times as wide, its square 16 times
     set_activation_bits(denoiser, None)
     assert torch.equal(denoiser(**inputs).sample, before)
-    assert all(module.processor is inner for module, inner in zip(attentions(denoiser), processors, strict=True))
+    assert vars(denoiser) == attributes and not denoiser._forward_hooks
     assert all(layer.act_bits is None for layer in layers(denoiser))
 
 
@@ -409,19 +434,22 @@ def test_layers_and_attention_both_act(made):
     assert error(attention_alone, before) > 0
 
 
-def test_every_attention_is_wrapped_once_and_counts(made):
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """Bits of each call of quantized attention."""
+    calls, attention = [], activations.attention
+    monkeypatch.setattr(
+        activations, "attention", lambda *args, bits, **kw: calls.append(bits) or attention(*args, bits=bits, **kw)
+    )
+    return calls
+
+
+def test_every_attention_is_quantized_once(made, attention_calls):
     denoiser, inputs = made
-    set_activation_bits(denoiser, 8)
-    wrappers = [module.processor for module in attentions(denoiser)]
-    denoiser(**inputs)
-    set_activation_bits(denoiser, 8)
-    set_activation_bits(denoiser, 6)
-    denoiser(**inputs)
-    assert wrappers
-    assert all(module.processor is wrapper for module, wrapper in zip(attentions(denoiser), wrappers, strict=True))
-    assert {(w.calls, w.bits, type(w.inner) in (AttnProcessor2_0, HunyuanAttnProcessor2_0)) for w in wrappers} == {
-        (2, 6, True)
-    }
+    for bits in (8, 8, 6):
+        set_activation_bits(denoiser, bits)
+        denoiser(**inputs)
+    assert attention_calls == [8] * 2 * len(attentions(denoiser)) + [6] * len(attentions(denoiser))
     assert {layer.act_bits for layer in layers(denoiser)} == {6}
 
 
@@ -452,42 +480,175 @@ def test_hunyuan_keeps_its_rotary_embedding():
     assert error(output, without) > 2 * noise
 
 
-# Processors
+# The forward
 
 
-@pytest.mark.parametrize("inner", [AttnProcessor2_0(), HunyuanAttnProcessor2_0()])
-def test_a_processor_shows_the_parameters_of_its_inner_one(inner):
-    wrapped = QuantAttnProcessor(inner, 8)
-    assert inspect.signature(wrapped.__call__) == inspect.signature(inner.__call__)
-    assert callable(wrapped)
+def output_of(denoiser, inputs):
+    output = denoiser(**inputs, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output  # Z-Image answers image by image
 
 
-def test_a_processor_quantizes_nothing_but_attention():
-    """The same processor over quantized attention, whichever way that is put in."""
-    torch.manual_seed(0)
-    module = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8).requires_grad_(False)
-    hidden, text = random(2, 9, 16), random(2, 5, 12, seed=1)
-    split = [layer(x).view(2, -1, 2, 8).transpose(1, 2) for layer, x in ((module.to_q, hidden), (module.to_k, text))]
-    value = module.to_v(text).view(2, -1, 2, 8).transpose(1, 2)
-    expected = module.to_out[0](activations.attention(*split, value, bits=6).transpose(1, 2).reshape(2, 9, 16))
-    module.set_processor(QuantAttnProcessor(module.processor, 6))
-    assert torch.equal(module(hidden, text), expected)
+ALL = {name: functools.partial(make, name) for name in MAKERS}
+ALL |= {maker.__name__: functools.partial(other_denoisers.make, maker) for maker in other_denoisers.MAKERS}
 
 
-def test_a_copied_processor_counts_for_itself():
-    module = Attention(query_dim=16, heads=2, dim_head=8).requires_grad_(False)
-    processor = QuantAttnProcessor(AttnProcessor2_0(), 8)
-    copied = copy.deepcopy(processor)
-    copied(module, random(2, 9, 16))
-    assert (processor.calls, copied.calls) == (0, 1)
+def replaced(query, *args, float_attention=F.scaled_dot_product_attention, **kwargs):
+    """Hunyuan-DiT's pool over the text, of one query, goes through PyTorch's whole multi-head function and stays float."""
+    is_pool = query.shape[-2] == 1
+    return (float_attention if is_pool else functools.partial(activations.attention, bits=6))(query, *args, **kwargs)
 
 
-def test_a_processor_without_the_torch_function_is_refused():
+@pytest.mark.parametrize("name", ALL)
+def test_attention_of_any_class_equals_that_with_the_function_replaced(name, monkeypatch):
+    denoiser, inputs = ALL[name]()
+    before = output_of(denoiser, inputs)
+    set_activation_bits(denoiser, 6)
+    quantized = output_of(denoiser, inputs)
+    assert torch.equal(denoiser.forward(**inputs, return_dict=False)[0][0], quantized[0])
+    with monkeypatch.context() as patch:
+        for each in layers(denoiser):
+            each.act_bits = None
+        attention_alone = output_of(denoiser, inputs)
+        set_activation_bits(denoiser, None)
+        patch.setattr(F, "scaled_dot_product_attention", replaced)
+        assert torch.equal(output_of(denoiser, inputs), attention_alone)
+    assert 0 < error(attention_alone, before) < before.var()
+    assert torch.equal(output_of(denoiser, inputs), before)
+
+
+def test_attention_is_quantized_nowhere_else():
+    """Not in another denoiser, not after the forward, not where the forward fails."""
+    (denoiser, inputs), (other, _) = make("dit"), make("dit")
+    before, query = other(**inputs).sample, random(1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(query, query, query)
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    with pytest.raises(TypeError):
+        denoiser(no_such_argument=1)
+    assert torch.equal(other(**inputs).sample, before)
+    assert torch.equal(F.scaled_dot_product_attention(query, query, query), expected)
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+
+
+def test_a_denoiser_in_another_s_forward_has_its_own_bits(attention_calls):
+    (outer, inputs), (inner, _) = make("dit"), make("dit")
+    outer.proj_out_1.register_forward_pre_hook(lambda *_: inner(**inputs) and None)
+    set_activation_bits(outer, 8)
+    set_activation_bits(inner, 6)
+    outer(**inputs)
+    assert attention_calls == [8, 8, 6, 6]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda denoiser: pickle.loads(pickle.dumps(denoiser))])
+def test_a_copy_is_quantized_for_itself(again):
+    denoiser, inputs = make("pixart")
+    before = denoiser(**inputs).sample
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    copied = again(denoiser)
+    set_activation_bits(denoiser, None)
+    assert torch.equal(copied(**inputs).sample, quantized)
+    set_activation_bits(copied, None)
+    assert torch.equal(copied(**inputs).sample, before)
+
+
+def test_offloading_hooks_come_and_go_around_it():
+    """Bits are set, changed and taken off with hooks on and with hooks off, in every order."""
+    denoiser, inputs = make("dit")
+    changes = {
+        "put": lambda: add_hook_to_module(denoiser, ModelHook()),
+        "remove": lambda: remove_hook_from_module(denoiser),
+        **{bits: functools.partial(set_activation_bits, denoiser, bits) for bits in (8, 6, None)},
+    }
+    outputs = {}
+    for bits in (8, 6, None):
+        set_activation_bits(denoiser, bits)
+        outputs[bits] = denoiser(**inputs).sample
+    for order in [
+        ("put", 8, 6, "remove", None),
+        (8, "put", None, "remove", 6, "put", "remove"),
+        ("put", 6, None, 8, "remove"),
+    ]:
+        bits = None
+        for change in order:
+            changes[change]()
+            bits = bits if isinstance(change, str) else change
+            assert torch.equal(denoiser(**inputs).sample, outputs[bits]), (order, change)
+        set_activation_bits(denoiser, None)
+        assert denoiser.forward.__func__ is type(denoiser).forward
+
+
+def test_it_is_put_back_where_another_library_takes_it_off():
+    """diffusers' own hooks, taken off from beneath, put back the forward that they found."""
+    denoiser, inputs = make("dit")
+    before = denoiser(**inputs).sample
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(HookOfDiffusers(), "beneath")
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    registry.remove_hook("beneath")
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+    registry.register_hook(HookOfDiffusers(), "above")
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+    set_activation_bits(denoiser, None)
+    assert torch.equal(denoiser(**inputs).sample, before)
+
+
+def test_who_answers_for_the_denoiser_above_it_is_let_be():
+    """As caches do that skip a forward."""
+    denoiser, inputs = make("dit")
+    set_activation_bits(denoiser, 6)
+    quantized = denoiser(**inputs).sample
+    below = denoiser.forward
+    denoiser.forward = functools.update_wrapper(lambda **_: "cached", below)
+    assert denoiser(**inputs) == "cached"
+    denoiser.forward = below
+    assert torch.equal(denoiser(**inputs).sample, quantized)
+
+
+def test_the_forward_shows_its_parameters():
+    denoiser, _ = make("dit")
+    before = inspect.signature(denoiser.forward)
+    set_activation_bits(denoiser, 8)
+    assert inspect.signature(denoiser.forward) == before
+
+
+# What stays float
+
+
+def test_linear_attention_is_said_to_stay_float_once(caplog):
+    denoiser, inputs = other_denoisers.make(other_denoisers.sana)
+    for bits in (8, 6):
+        set_activation_bits(denoiser, bits)
+        denoiser(**inputs)
+        denoiser(**inputs)
+    (message,) = caplog.messages
+    assert message.startswith("2 of 4 attention modules keep float activations")
+    assert message.endswith(": 2 Attention with SanaLinearAttnProcessor2_0")
+
+
+def test_a_processor_without_the_function_is_said_to_stay_float(caplog, attention_calls):
     denoiser, inputs = make("dit")
     attentions(denoiser)[1].set_processor(AttnProcessor())
     set_activation_bits(denoiser, 8)
-    with pytest.raises(RuntimeError, match="AttnProcessor does not call"):
-        denoiser(**inputs)
+    denoiser(**inputs)
+    assert len(attention_calls) == 1
+    assert [message.partition(":")[2] for message in caplog.messages] == [" 1 Attention with AttnProcessor"]
+
+
+def test_a_module_without_known_attention_is_said_to_stay_float(caplog):
+    net = nn.Sequential(nn.Linear(3, 3))
+    set_activation_bits(net, 8)
+    net(torch.ones(1, 3))
+    assert [message.partition(",")[0] for message in caplog.messages] == ["Sequential keeps float attention"]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("sana", "hunyuan")])
+def test_nothing_is_said_where_all_attention_is_quantized(name, caplog):
+    denoiser, inputs = ALL[name]()
+    set_activation_bits(denoiser, 8)
+    denoiser(**inputs)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("bits", [0, 7, True, "8"])
