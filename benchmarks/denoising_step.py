@@ -15,8 +15,9 @@ import torch
 from benchmarks.machine import write_result
 from models import geometry
 from models.families import FAMILIES
-from quant import layers, methods
+from quant import layers
 from quant.activations import set_activation_bits
+from quant.registry import quantizer
 
 
 def timed_step(denoiser, inputs, repeats):
@@ -50,7 +51,7 @@ def measure(name, device, dtype, repeats):
     original, seconds = timed_step(denoiser, inputs, repeats)
     yield line(name, "full precision", seconds, 0.0)
     for part in layers.install(denoiser, family).values():
-        part.set_method("mse-4", methods.fit_uaq(part.original, 4))
+        part.set_method("mse-4", quantizer("mse-4").fit(part.original))
     for bits in (None, 8, 6):
         set_activation_bits(denoiser, bits)
         out, seconds = timed_step(denoiser, inputs, repeats)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import methods
 from quant.activations import quantize_channels, quantize_tokens
 from quant.offload import at_home, put_hook, take_hook
 from quant.packing import pack_codes, unpack_codes
+from quant.registry import quantizer
 from quant.slots import find_slots
 
 
@@ -34,7 +34,7 @@ class WeightPart:
             if name is None:
                 weight.copy_(original)
             else:
-                quantized = methods.apply(name, original, _on(original.device, parameters))
+                quantized = quantizer(name).apply(original, _on(original.device, parameters))
                 self.layer.keep_original()
                 weight.copy_(quantized)
             self.method = name
@@ -57,11 +57,11 @@ class WeightPart:
         with at_home(self.layer):
             original = self.original
             parameters = _on(original.device, parameters)
-            codes = methods.quantize(name, original, parameters)
-            packed = pack_codes(codes, methods.METHODS[name].bits)
+            codes = quantizer(name).encode(original, parameters)
+            packed = pack_codes(codes, quantizer(name).bits)
             # A parameter, unlike the tables: by parameters offloading finds what it is to move.
             self.layer.register_parameter("codes" + self.suffix, nn.Parameter(packed, requires_grad=False))
-            for table in methods.decoding_parameters(name):
+            for table in quantizer(name).tables:
                 self.layer.register_buffer(table + self.suffix, parameters[table])
             self.method = name
             if all(part.has_codes for part in self.layer.parts):
@@ -75,13 +75,13 @@ class WeightPart:
     def decoded(self):
         """The weight that the packed codes stand for, in the parameters' precision."""
         packed, *tables = (getattr(self.layer, name) for name in self.packed_names())
-        codes = unpack_codes(packed, methods.METHODS[self.method].bits, self.slot.shape.numel())
-        names = methods.decoding_parameters(self.method)
-        return methods.dequantize(self.method, codes.view(self.slot.shape), dict(zip(names, tables, strict=True)))
+        codes = unpack_codes(packed, quantizer(self.method).bits, self.slot.shape.numel())
+        names = quantizer(self.method).tables
+        return quantizer(self.method).decode(codes.view(self.slot.shape), dict(zip(names, tables, strict=True)))
 
     def packed_names(self):
         """Names in the layer of the packed codes and of the tables that decode them."""
-        return [name + self.suffix for name in ("codes", *methods.decoding_parameters(self.method))]
+        return [name + self.suffix for name in ("codes", *quantizer(self.method).tables)]
 
 
 def _on(device, parameters):

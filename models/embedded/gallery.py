@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from models.embedded.measure import make_pictures, prompts_and_answers
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant import layers, methods
+from quant import layers, registry
 from quant.slots import find_slots
 
 COLUMNS = (("full precision", None), ("4 bits (K-Means-C)", "kmeans-4"), ("3 bits (UAQ)", "mse-3"))
@@ -27,7 +27,7 @@ def pictures_of(family):
     sampler = load_sampler(family, "embedded", torch.device("cpu"), Extras(refiner_of(family, "embedded")))
     prompts, _ = prompts_and_answers(family, PICTURES, PICTURES)
     parts = layers.install(sampler.denoiser, family, find_slots(sampler.denoiser, family.slot_rules))
-    parameters = {key: methods.fit(part.original) for key, part in parts.items()}
+    parameters = {key: registry.fit(part.original) for key, part in parts.items()}
     columns = []
     for _, method in COLUMNS:
         for key, part in parts.items():

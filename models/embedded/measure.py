@@ -21,7 +21,7 @@ from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
-from quant import layers, methods
+from quant import layers, registry
 from quant.multiquantizer import slot_weight
 from quant.slots import find_slots
 
@@ -77,7 +77,7 @@ def measure_methods(sampler, args, judge):
     family, denoiser = sampler.family, sampler.denoiser
     prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
     slots = find_slots(denoiser, family.slot_rules)
-    parameters = {key: methods.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
+    parameters = {key: registry.fit(slot_weight(denoiser, slot, family)) for key, slot in slots.items()}
     parts = layers.install(denoiser, family, slots)
     originals = {}
     for method in (None, *args.methods):  # None is full precision
@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--quality_count", type=int, default=500, help="pictures per line of the quality under methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
-    parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
+    parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=registry.SEARCH_SPACE)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_size", type=int, help="default: the family's; changes results by float rounding at most")
     parser.add_argument("--output", type=Path, help="also write the result there")

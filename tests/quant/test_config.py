@@ -7,7 +7,7 @@ from conftest import SPLIT_FAMILIES, tiny
 from errors import InputError
 from models.families import FAMILIES
 from quant import config
-from quant.methods import METHODS
+from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys
 
 TIED = "model.transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight_quantizer"
@@ -28,7 +28,7 @@ def test_random_depends_on_seed_and_index_alone(slots):
 def test_random_covers_the_space(slots):
     drawn = [config.draw_random(slots, 0, index) for index in range(300)]
     shares = np.array([np.mean([method.endswith("3") for method in d.values()]) for d in drawn])
-    assert set().union(*(d.values() for d in drawn)) == set(METHODS)
+    assert set().union(*(d.values() for d in drawn)) == set(SEARCH_SPACE)
     assert shares.min() < 0.1 and shares.max() > 0.9 and abs(shares.mean() - 0.5) < 0.06  # p ~ U(0, 1)
     algorithms = [method.split("-")[0] for d in drawn for method in d.values()]
     assert all(abs(algorithms.count(name) / len(algorithms) - 1 / 3) < 0.02 for name in config.ALGORITHMS)
@@ -80,7 +80,7 @@ def test_rows_of_a_cache(tmp_path, slots):
     ("change", "message"),
     [
         ({"model.nowhere.weight_quantizer": "mse-4"}, r"model\.nowhere"),
-        ({"model.proj_out_1.weight_quantizer": "mse-5"}, r"'mse-5' for model\.proj_out_1"),
+        ({"model.proj_out_1.weight_quantizer": "mse-9"}, r"'mse-9' for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": ["x"] * 4}, r"'x' for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": []}, r"\[\] for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": None}, r"None for model\.proj_out_1"),
@@ -196,6 +196,6 @@ def test_each_part_pays_its_own_overhead(method, overhead_numbers, load_tiny):
     described = config.describe(config.uniform(slots, method), slots, entries, precision_bits=16)
     keys = [f"model.blocks.5.skip_linear.weight_quantizer{ending}" for ending in ("", "_0")]
     for key, overhead in zip(keys, overhead_numbers, strict=True):
-        assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * METHODS[method].bits // 8 + 2 * overhead]
+        assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * quantizer(method).bits // 8 + 2 * overhead]
         assert described[key][3] == entries[key]["errors"][method]
     assert described[keys[0]][3] != described[keys[1]][3]

@@ -5,7 +5,8 @@ import torch
 
 from models import geometry
 from models.families import FAMILIES
-from quant import config, layers, methods, multiquantizer
+from quant import config, layers, multiquantizer
+from quant.registry import quantizer
 from quant.slots import find_slots, in_part
 
 # Two levels of the U-Nets, at their own channels; four blocks of Hunyuan, since fewer have no skip.
@@ -52,7 +53,7 @@ def test_a_step_with_a_configuration(name):
         if any(in_part(slot, p) for p in FEWER[name][1])
     }
     parts = layers.install(denoiser, family, slots)
-    entries = {key: {"parameters": {"mse-4": methods.fit_uaq(part.original, 4)}} for key, part in parts.items()}
+    entries = {key: {"parameters": {"mse-4": quantizer("mse-4").fit(part.original)}} for key, part in parts.items()}
     configuration = config.uniform(slots, "mse-4")
     config.apply(configuration, parts, slots, entries)
     quantized = denoiser(**inputs, return_dict=False)[0]
@@ -72,5 +73,5 @@ def test_six_fits_at_full_width(tmp_path, family):
     weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family.slot_rules)[key], family)
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
-        change = (methods.apply(method, weight, parameters).float() - weight.float()).norm() / weight.float().norm()
+        change = (quantizer(method).apply(weight, parameters).float() - weight.float()).norm() / weight.float().norm()
         assert 0.01 < change < 0.35

@@ -10,7 +10,7 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_inputs
 from torch import nn
 
 from models.families import FAMILIES
-from quant import config, layers, methods
+from quant import config, layers, registry
 from quant.activations import set_activation_bits
 from quant.slots import WeightSlot, find_slots
 
@@ -118,7 +118,7 @@ def test_without_originals_weights_are_the_same_for_good(quantized):
     assert float_bytes(once)[1] == 0
     once.apply(configuration)  # nothing changes
     key = next(iter(once.slots))
-    other = next(method for method in methods.METHODS if method != configuration[key])
+    other = next(method for method in registry.SEARCH_SPACE if method != configuration[key])
     parameters = once.entries[key]["parameters"]
     for change in (lambda part: part.set_method(None), lambda part: part.set_method(other, parameters[other])):
         with pytest.raises(RuntimeError, match="for good"):
@@ -207,7 +207,8 @@ def test_weights_are_the_methods_weights(quantized):
     expected = {}  # module path -> its quantized parts
     for key, slot in quantized.slots.items():
         parameters = quantized.entries[slot.tie]["parameters"][configuration[key]]
-        expected.setdefault(slot.module_path, []).append(methods.apply(configuration[key], originals[key], parameters))
+        own = registry.quantizer(configuration[key]).apply(originals[key], parameters)
+        expected.setdefault(slot.module_path, []).append(own)
     for path, weights in expected.items():
         weight = quantized.denoiser.get_submodule(path).weight
         assert torch.equal(weight, torch.cat(weights, dim=1).float()), path
@@ -243,13 +244,13 @@ def quantizable(layer, family, boundaries):
 
 def put(parts, names):
     """Fit each part to the method named and put it under it; returns the parts' parameters."""
-    parameters = [methods.fit(part.original)[name] for part, name in zip(parts, names, strict=True)]
+    parameters = [registry.fit(part.original)[name] for part, name in zip(parts, names, strict=True)]
     for part, name, fitted in zip(parts, names, parameters, strict=True):
         part.set_method(name, fitted)
     return parameters
 
 
-@pytest.mark.parametrize("method", list(methods.METHODS))
+@pytest.mark.parametrize("method", registry.SEARCH_SPACE)
 @LAYERS
 def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method, family):
     """Decoded or packed, a quantized layer computes what a float layer with its weights computes."""
@@ -257,23 +258,23 @@ def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method,
     quantized, parts = quantizable(layer, family, (0, layer.weight.shape[1]))
     (parameters,) = put(parts, [method])
     reference = copy.deepcopy(layer)
-    reference.weight.data = methods.apply(method, layer.weight.detach().half(), parameters).float()
+    reference.weight.data = registry.quantizer(method).apply(layer.weight.detach().half(), parameters).float()
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
         parts[0].pack(method, parameters)
         assert torch.equal(quantized(input), reference(input))
 
 
-@pytest.mark.parametrize("names", list(itertools.product(methods.METHODS, repeat=2)), ids="+".join)
+@pytest.mark.parametrize("names", list(itertools.product(registry.SEARCH_SPACE, repeat=2)), ids="+".join)
 @LAYERS
 def test_a_split_layer_is_its_two_halves(layer, shape, names, family):
     """Fits, methods, codes and parameters of the first input channels and of the rest have nothing in common."""
     boundary, weight = layer.weight.shape[1] // 3, layer.weight.detach().half()
     quantized, parts = quantizable(layer, family, (0, boundary, layer.weight.shape[1]))
     halves = [weight[:, :boundary].contiguous(), weight[:, boundary:].contiguous()]
-    fitted = [methods.fit(half)[name] for half, name in zip(halves, names, strict=True)]
+    fitted = [registry.fit(half)[name] for half, name in zip(halves, names, strict=True)]
     reference = copy.deepcopy(layer)
-    expected = [methods.apply(name, half, p) for name, half, p in zip(names, halves, fitted, strict=True)]
+    expected = [registry.quantizer(name).apply(half, p) for name, half, p in zip(names, halves, fitted, strict=True)]
     reference.weight.data = torch.cat(expected, dim=1).float()
     parameters = put(parts, names)
     assert torch.equal(quantized.weight, reference.weight)
@@ -308,7 +309,7 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized):
     assert not any(hasattr(layer, "weight") or layer.original is not None for layer in packed)
     precision_bits = quantized.family.precision_bits
     description = config.describe(configuration, quantized.slots, quantized.entries, precision_bits)
-    codes = sum(slot.shape.numel() * methods.METHODS[configuration[k]].bits / 8 for k, slot in quantized.slots.items())
+    codes = sum(slot.shape.numel() * registry.quantizer(configuration[k]).bits / 8 for k, slot in quantized.slots.items())
     # Zero points are small integers, and the last codes of a slot fill whole bytes.
     assert codes < layers.weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * len(packed)
 
