@@ -37,6 +37,7 @@ class Quantizer:
     algorithm: ClassVar[str]  # in words
     tables: ClassVar[tuple[str, ...]]  # names of the parameters that turn codes back into weights
     optional: ClassVar[tuple[str, ...]] = ("codes",)  # what else parameters may hold
+    numbers: ClassVar[int]  # in the tables of a channel, group or whole weight, at most; in the weights' precision
     is_affine: ClassVar[bool] = False  # whether weights are whole numbers times a scale, so that products may be of those
     takes_groups: ClassVar[bool] = True
     on_host: ClassVar[bool] = False  # whether the CPU fits it, whatever device the weight is on
@@ -105,15 +106,15 @@ class Quantizer:
             required, named = set(self.tables), set(parameters)
             if not required <= named <= required | set(self.optional):
                 return False
-            codes = parameters.get("codes")
             tables = {name: tensor for name, tensor in parameters.items() if name != "codes"}
-            return self._are_sound(shape, **tables) and (codes is None or self._are_codes(codes, shape))
+            sound = all(map(torch.is_tensor, parameters.values())) and self._are_sound(shape, **tables)
+            return sound and ("codes" not in parameters or self._are_codes(parameters["codes"], shape))
         except (TypeError, AttributeError, IndexError, RuntimeError):  # of what is no tensor, or an odd one
             return False
 
     def _are_codes(self, codes, shape):
         fits = codes.dtype == torch.uint8 and codes.shape == torch.Size(shape)
-        return fits and not bool((codes.int() >= self.levels(shape)).any())
+        return fits and (not codes.numel() or int(codes.max()) < self.levels(shape))
 
     def _by_block(self, function, tensor, parameters):
         """What function(block, **tables) gives for each block of the tensor [C, ...], as one tensor of its shape."""
@@ -135,7 +136,7 @@ class Uniform(Quantizer):
     """UAQ: codes are whole numbers, shifted by a zero point and scaled; see quant/uaq.py."""
 
     algorithm, tables, is_affine = "mse", ("scale", "zero_point"), True
-    numbers = 2  # per table, in the weights' precision
+    numbers = 2
 
     @staticmethod
     def fit_block(block, bits):

@@ -264,6 +264,7 @@ UNSOUND = {
         {"codes": torch.zeros(24, 40, dtype=torch.int8)},
         {"codes": torch.full((24, 40), 16, dtype=torch.uint8)},
         {"codes": "text"},
+        {"codes": None},
     ],
     "kmeans-3": [
         {"centroids": torch.ones(24, 9)},
@@ -275,6 +276,7 @@ UNSOUND = {
         {"boundaries": torch.ones(24, 7).int()},
         {"boundaries": torch.arange(7.0).flip(0).repeat(24, 1)},
         {"boundaries": torch.full((24, 7), torch.nan)},
+        {"boundaries": None},
         {"codes": torch.full((24, 40), 8, dtype=torch.uint8)},
     ],
     "kmeans_all-3": [{"centroids": torch.ones(24, 8)}, {"centroids": torch.ones(7)}, {"boundaries": torch.ones(8)}],
