@@ -14,7 +14,7 @@ from PIL import Image
 
 from autobuild.graph import DenoiserGraph
 from quant.files import atomic_write
-from quant.methods import METHODS
+from quant.registry import quantizer
 
 COLORS = {"mse": ("#1d4ed8", "#93c5fd"), "kmeans": ("#b45309", "#fcd34d"), "kmeans_all": ("#047857", "#6ee7b7")}
 NO_METHOD, OPERATION, EDGE, SHADE = "#334155", "#d4d4d8", "#71717a", "#f4f4f5"
@@ -127,8 +127,8 @@ def color_of(node, configuration):
         return OPERATION
     if configuration is None:
         return NO_METHOD
-    method = METHODS[configuration[node.name]]
-    return COLORS[method.algorithm][method.bits == 3]
+    method = quantizer(configuration[node.name])
+    return COLORS[method.algorithm][method.bits <= 3]
 
 
 def draw_node(axes, node, place, color, absent):

@@ -13,7 +13,7 @@ import numpy as np
 
 from autobuild.space import NAMES
 from quant.files import atomic_write
-from quant.methods import METHODS
+from quant.registry import quantizer
 
 INK, GRID, BOX = "#222222", "#e5e7eb", "#9db4cf"
 TITLES = {"mse": "UAQ", "kmeans": "K-Means-C", "kmeans_all": "K-Means-A"}
@@ -31,7 +31,7 @@ LONG = 25  # characters of a name beside an axis
 
 
 def title_of(method):
-    return f"{TITLES[METHODS[method].algorithm]}, {METHODS[method].bits} bits"
+    return f"{TITLES[quantizer(method).algorithm]}, {quantizer(method).bits} bits"
 
 
 def block_of(node):

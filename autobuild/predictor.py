@@ -19,7 +19,7 @@ from torch import nn
 from torch_geometric.nn import GATv2Conv
 
 from autobuild.space import NAMES
-from quant.methods import ALGORITHMS, BITS, METHODS
+from quant.registry import ALGORITHMS, BITS, quantizer
 
 WIDTH = 64
 HOPS = 4
@@ -78,7 +78,7 @@ class NodeEmbedding(nn.Module):
         hidden = nn.Sequential(nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, WIDTH), nn.ReLU())
         self.mix = nn.Sequential(hidden, nn.Linear(WIDTH, WIDTH), nn.Softplus())
         self.factors = Factors(tensors)
-        methods = [METHODS[name] for name in NAMES]
+        methods = [quantizer(name) for name in NAMES]
         self.algorithm_of = torch.tensor([ALGORITHMS.index(method.algorithm) for method in methods])
         self.bits_of = torch.tensor([BITS.index(method.bits) for method in methods])
 

@@ -10,9 +10,10 @@ from autobuild import graph
 from errors import InputError
 from models.families import FAMILIES
 from quant import multiquantizer
-from quant.methods import METHODS, fp_size_bytes, quantized_size_bytes
+from quant.entries import fitted
+from quant.registry import SEARCH_SPACE, fp_size_bytes, quantizer
 
-NAMES = tuple(METHODS)  # a method's code is its place here
+NAMES = SEARCH_SPACE  # a method's code is its place here
 NUMBER = {name: code for code, name in enumerate(NAMES)}
 
 
@@ -48,7 +49,10 @@ class SearchSpace:
         return np.array([[NUMBER[row["config"][key][0]] for key in firsts] for row in rows])
 
     def codes_of(self, configuration):
-        """Method codes [W] of a configuration {key: method}."""
+        """Method codes [W] of a configuration {key: method}; InputError for a method that is not of the space."""
+        other = next((key for key, method in configuration.items() if method not in NUMBER), None)
+        if other is not None:
+            raise InputError(f"{other}: {configuration[other]} is not of the search space; it has {', '.join(NAMES)}")
         return np.array([NUMBER[configuration[keys[0]]] for keys in self.keys])
 
     @property
@@ -99,10 +103,11 @@ def precision_of(row):
 def of_multiquantizer(family, entries, name="multiquantizer"):
     """The space of a denoiser whose methods are all fitted, of a multiquantizer's entries.
 
-    InputError, with the file's `name`, if they are not of the family's layers.
+    InputError, with the file's `name`, if they are not of the family's layers; also if one lacks a method of the space.
     """
     drawn, keys = graph_and_keys(family.name)
-    multiquantizer.check_complete(entries, name, graph.slots_of_family(family.name)[1])
+    slots = graph.slots_of_family(family.name)[1]
+    multiquantizer.check_complete(entries, name, slots)
     bits = family.precision_bits
     shapes = [torch.Size(entries[each[0]]["shape"]) for each in keys]
     counts = np.array([len(each) for each in keys])
@@ -111,8 +116,8 @@ def of_multiquantizer(family, entries, name="multiquantizer"):
         drawn,
         keys,
         counts * [fp_size_bytes(shape, bits) for shape in shapes],
-        counts[:, None] * [[quantized_size_bytes(name, shape, bits) for name in NAMES] for shape in shapes],
-        np.array([[entries[each[0]]["errors"][name] for name in NAMES] for each in keys]),
+        counts[:, None] * [[quantizer(name).size_bytes(shape, bits) for name in NAMES] for shape in shapes],
+        np.array([[fitted(entries, slots[each[0]], name, "errors") for name in NAMES] for each in keys]),
         bits,
     )
 
@@ -139,4 +144,5 @@ def check_keys(rows, keys, family, name):
             raise InputError(f"{name}: row {number} lacks {missing}, which {family} has; --family names the denoiser")
         method = next((value[0] for value in row["config"].values() if value[0] not in NUMBER), None)
         if method:
-            raise InputError(f"{name}: row {number} has the unknown method {method!r}; known are {', '.join(NAMES)}")
+            known = f"the search space has {', '.join(NAMES)}"
+            raise InputError(f"{name}: row {number} has the unknown method {method!r}; {known}")

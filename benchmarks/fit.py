@@ -25,8 +25,8 @@ from benchmarks.machine import write_result
 from benchmarks.weights import embedded_weights, heavy_tailed
 from models.families import FAMILIES
 from models.pipelines import pick_device
-from quant import kmeans, methods, uaq
-from quant.methods import BITS
+from quant import kmeans, registry, uaq
+from quant.registry import BITS
 from quant.rows import sorted_rows
 
 CPU = torch.device("cpu")
@@ -95,8 +95,8 @@ def scaling(device):
     lines = []
     for channels in (72, 288, 1152, 4608):
         weight = heavy_tailed(channels, 1152).to(device)
-        methods.fit_with_errors(weight)
-        seconds = min(timed(device, lambda weight=weight: methods.fit_with_errors(weight)) for _ in range(3))
+        registry.fit_with_errors(weight)
+        seconds = min(timed(device, lambda weight=weight: registry.fit_with_errors(weight)) for _ in range(3))
         lines.append({"weights": weight.numel(), "seconds": round(seconds, 4)})
         print(f"{weight.numel():>12,} weights{seconds:>9.3f} s{weight.numel() / seconds / 1e6:>9.1f} M/s", flush=True)
     return lines

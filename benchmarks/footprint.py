@@ -24,14 +24,14 @@ from benchmarks.weights import random_denoiser
 from models.components import quiet_loading
 from models.families import FAMILIES
 from models.pipelines import compute_dtype, pick_device
-from quant import config, methods, multiquantizer, published
+from quant import config, multiquantizer, published, registry
 from quant.model import QuantizedModel
 
 
 def measure(name, device):
     """One family's figures, in this process."""
     family, denoiser = FAMILIES[name], random_denoiser(name).to(device)
-    methods.fit(torch.eye(2, 4, dtype=family.dtype, device=device))  # compile, which is no part of fitting
+    registry.fit(torch.eye(2, 4, dtype=family.dtype, device=device))  # compile, which is no part of fitting
     weight_bytes = sum(p.nbytes for p in denoiser.parameters())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mq.pt"
@@ -46,7 +46,7 @@ def measure(name, device):
         file_bytes = path.stat().st_size
     model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
     first = config.draw_random(slots, seed=0, index=0)
-    changed = {key: next(m for m in methods.METHODS if m != first[key]) for key in list(first)[::10]}
+    changed = {key: next(m for m in registry.SEARCH_SPACE if m != first[key]) for key in list(first)[::10]}
     second = first | {slot.key: changed[slot.tie] for slot in slots.values() if slot.tie in changed}
     weights = sum(slot.shape.numel() for slot in slots.values() if slot.tie == slot.key)
     return {

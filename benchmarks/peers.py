@@ -12,7 +12,7 @@ from sdnq.quant_utils import quantize_weight_codebook
 from sklearn.cluster import KMeans
 
 from quant import kmeans, uaq
-from quant.methods import BITS
+from quant.registry import BITS
 
 
 def ours(rows):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from quant.methods import METHODS
+from quant.registry import quantizer
 
 FLOAT_BITS = 16  # full-precision weights and activations
 OTHER_BITS = 16  # per MAC of a layer outside the configuration, as published
@@ -12,8 +12,8 @@ TERA = 1e12
 
 def weight_bits(method):
     """Bits that a weight enters its product with: K-Means weights are 16-bit numbers once decoded."""
-    is_affine = method is not None and METHODS[method].algorithm == "mse"
-    return METHODS[method].bits if is_affine else FLOAT_BITS
+    is_affine = method is not None and quantizer(method).is_affine
+    return quantizer(method).bits if is_affine else FLOAT_BITS
 
 
 def tera_bops(macs, slots, method_by_key, act_bits=FLOAT_BITS):

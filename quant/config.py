@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from errors import InputError
+from quant.entries import fitted
 from quant.files import load_pickle, save_pickle
-from quant.methods import ALGORITHMS, BITS, METHODS, fp_size_bytes, quantized_size_bytes
+from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, fp_size_bytes, quantizer
 from quant.slots import WeightSlot, free_keys, tied_key
 
 ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
@@ -56,14 +57,22 @@ def check(configuration, slots, name="configuration"):
     if missing:
         raise InputError(f"{name}: {len(missing)} of {len(slots)} keys are missing, first {missing[0]}")
     for key, method in configuration.items():
-        if not isinstance(method, str) or method not in METHODS:
-            raise InputError(f"{name}: unknown method {method!r} for {key}; known are {', '.join(METHODS)}")
+        if not _is_known(method):
+            raise InputError(f"{name}: unknown method {method!r} for {key}; {POSSIBLE}")
     for key, slot in slots.items():
         if configuration[key] != configuration[slot.tie]:
             raise InputError(
                 f"{name}: {key} is {configuration[key]}, but it shares the weights of {slot.tie}, "
                 f"which is {configuration[slot.tie]}"
             )
+
+
+def _is_known(method):
+    try:
+        quantizer(method)
+    except InputError:
+        return False
+    return True
 
 
 def load(spec, slots):
@@ -85,16 +94,28 @@ def check_file(spec, entries, family):
     """InputError if `load` is going to refuse what `spec` names for the denoiser of a multiquantizer's entries.
 
     They have all of its slots but those that share others' weights. None, where only weights tell them, are not asked.
+    InputError also if a weight is to take a quantizer that its entry has not.
     """
     spec = str(spec)
     if spec.startswith(UNIFORM):
         slots = _slots(entries or ["every weight"])
-        return check(uniform(slots, spec.removeprefix(UNIFORM)), slots, spec)
-    configuration = _from_file(spec)
-    slots = _slots(configuration if entries is None else entries)
-    ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
-    slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
-    return check(expand_ties(configuration, slots), slots, spec)
+        configuration = uniform(slots, spec.removeprefix(UNIFORM))
+    else:
+        configuration = _from_file(spec)
+        slots = _slots(configuration if entries is None else entries)
+        ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
+        slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
+        configuration = expand_ties(configuration, slots)
+    check(configuration, slots, spec)
+    for key, method in configuration.items() if entries else ():
+        fitted(entries, slots[key], method)
+
+
+def check_space(entries):
+    """InputError unless all of the search space, which random configurations are of, is in a multiquantizer's entries."""
+    for slot in _slots(entries).values():
+        for word in SEARCH_SPACE:
+            fitted(entries, slot, word)
 
 
 def _slots(keys):
@@ -160,8 +181,8 @@ def describe(configuration, slots, entries, precision_bits):
         key: [
             method,
             fp_size_bytes(slots[key].shape, precision_bits),
-            quantized_size_bytes(method, slots[key].shape, precision_bits),
-            entries[slots[key].tie]["errors"][method],
+            quantizer(method).size_bytes(slots[key].shape, precision_bits),
+            fitted(entries, slots[key], method, "errors"),
         ]
         for key, method in configuration.items()
     }

@@ -1,21 +1,22 @@
-"""A slot's entry in a multiquantizer: all that six quantizers need beside the float weight."""
+"""A slot's entry in a multiquantizer: all that some quantizers need beside the float weight."""
 
 import hashlib
 import math
 
 import torch
 
-from quant import methods
+from errors import InputError
+from quant.registry import SEARCH_SPACE, fit_with_errors, quantizer
 
 
-def fit_entry(weight, words=None):
-    """Fit all six methods to `weight` [C, ...]."""
-    return _entry(weight, *methods.fit_with_errors(weight))
+def fit_entry(weight, words=SEARCH_SPACE):
+    """Fit the quantizers of these words, by default the search space's six, to `weight` [C, ...]."""
+    return _entry(weight, *fit_with_errors(weight, words))
 
 
 def make_entry(weight, parameters):
-    """The entry of `weight` under `parameters` {method: {name: tensor}}."""
-    return _entry(weight, parameters, methods.errors(weight, parameters))
+    """The entry of `weight` under `parameters` {word: {name: tensor}}."""
+    return _entry(weight, parameters, {word: quantizer(word).error(weight, own) for word, own in parameters.items()})
 
 
 def _entry(weight, parameters, errors):
@@ -23,34 +24,42 @@ def _entry(weight, parameters, errors):
         "shape": list(weight.shape),
         "fingerprint": fingerprint(weight),
         "errors": errors,
-        "parameters": {name: {k: v.cpu() for k, v in p.items()} for name, p in parameters.items()},
+        "parameters": {word: {k: v.cpu() for k, v in p.items()} for word, p in parameters.items()},
     }
 
 
 def is_entry(entry):
-    """Whether `entry`, read from a file, has all the parts of one, of the right kinds and shapes."""
+    """Whether `entry`, read from a file, has all the parts of one, of the right kinds and shapes, for one word or more."""
     try:
-        shape = torch.Size(entry["shape"])
-        return isinstance(entry["fingerprint"], str) and all(
-            math.isfinite(entry["errors"][name]) and _are_parameters(method, entry["parameters"][name], shape)
-            for name, method in methods.METHODS.items()
+        shape, errors, parameters = torch.Size(entry["shape"]), entry["errors"], entry["parameters"]
+        return (
+            isinstance(entry["fingerprint"], str)
+            and len(parameters) > 0
+            and errors.keys() == parameters.keys()
+            and all(math.isfinite(error) for error in errors.values())
+            and all(quantizer(word).check(own, shape) for word, own in parameters.items())
         )
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+    except (InputError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError):
         return False
 
 
-def _are_parameters(method, parameters, shape):
-    """Whether the tensors are finite, one scale and zero point per channel or one ascending list of centroids."""
-    channels = () if method.algorithm == "kmeans_all" else (shape[0],)
-    if method.algorithm == "mse":
-        scale, zero_point = parameters["scale"], parameters["zero_point"]
-        integer = not zero_point.is_floating_point() and not zero_point.is_complex()
-        fits = scale.is_floating_point() and integer and scale.shape == zero_point.shape == channels
-        return fits and bool(scale.isfinite().all() and (scale > 0).all())
-    centroids = parameters["centroids"]
-    fits = centroids.is_floating_point() and centroids.ndim == len(channels) + 1 and centroids.shape[:-1] == channels
-    few = 1 <= centroids.shape[-1] <= 2**method.bits
-    return fits and few and bool(centroids.isfinite().all() and (centroids.diff(dim=-1) >= 0).all())
+def has_words(entry, words=SEARCH_SPACE):
+    """Whether the quantizers of all these words are in the entry."""
+    return set(words) <= entry["parameters"].keys()
+
+
+def fitted(entries, slot, word, part="parameters"):
+    """What the entry of a slot's weight holds of a word: its parameters or, `part` being "errors", its error.
+
+    InputError, naming the weight and what there is, where it was not fitted.
+    """
+    held = entries[slot.tie][part]
+    if word not in held:
+        raise InputError(
+            f"{slot.key}: the multiquantizer has only {', '.join(held)}, not {word}; choose one of these, "
+            "or fit it (fit_entry in quant/entries.py)"
+        )
+    return held[word]
 
 
 def fingerprint(weight):

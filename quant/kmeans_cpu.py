@@ -17,7 +17,9 @@ Song, 2011; Gronlund et al., 2017) takes O(k m log m). This is O(m) in practice,
    rule first leaves few that can be boundaries at all (`_possible_boundaries`).
 
 Sums are in double precision: exact wherever outliers are less than about a million times as far out as
-their channel's clusters are wide.
+their channel's clusters are wide. Where clusters are narrower than that tells apart, as many centroids for
+few values make them, the path of as many steps as it does tell apart is split further, the most rewarding
+cluster first (`_split_further`).
 """
 
 import numpy as np
@@ -29,7 +31,9 @@ from quant.rows import check, run
 
 ROWS_PER_TASK = 16  # each task's rows share what they learn about the penalty
 PENALTY = 0.165  # of the high-resolution estimate; 1/6 for fine quantizers
-MANY_VALUES = 2**12  # above which boundaries that cannot be are ruled out first
+MANY_VALUES = 2**12  # above which boundaries that cannot be are ruled out first,
+FEW_CLUSTERS = 32  # if that rules out any: of many clusters, nearly all boundaries are possible
+MOST_ATTEMPTS = 12  # at a penalty for too few steps: beyond, costs are told apart no more
 ONE = uint64(1)  # unsigned indices spare each array access the test for a negative one
 BACK = uint64(6)  # where the search for a boundary's successors starts, before the end of the last ones
 
@@ -134,11 +138,14 @@ def _fit_values(x, mass, moment, center, k, factor, cost, start, out):
         bounds = np.arange(m + 1)
     else:
         penalty = factor * _estimated_penalty(x, mass, k)
-        if m > MANY_VALUES:
+        if m > MANY_VALUES and k <= FEW_CLUSTERS:
             x, mass, moment = _possible_boundaries(x, mass, moment, k)
             m = len(x)
         bounds, found = _best_path(x, mass, moment, k, penalty, cost[: m + 1], start[: m + 1])
-        correction = (found / penalty) ** 0.3
+        if len(bounds) > k:
+            correction = (found / penalty) ** 0.3
+        else:
+            bounds = _split_further(bounds, x, mass, k)
     for c in range(used):
         begin, end = bounds[c], bounds[c + 1]
         out[c] = center + (moment[end] - moment[begin]) / (mass[end] - mass[begin])
@@ -162,11 +169,14 @@ def _estimated_penalty(x, mass, k):
 
 @kernel(error_model="numpy")
 def _best_path(x, mass, moment, k, penalty, cost, start):
-    """Boundaries [k + 1] of the best path of k steps, and a penalty at which it is best of all; 1 <= k < m."""
+    """Boundaries [k + 1] of the best path of k steps, and a penalty at which it is best of all; 1 <= k < m.
+
+    Fewer boundaries where costs differ by less than their sums' rounding.
+    """
     few_steps, many_steps = 0, 0  # 0: no such path yet
     few_cost, many_cost = 0.0, 0.0
     few, many = np.empty(0, np.int64), np.empty(0, np.int64)
-    exponent = 1
+    exponent, attempts = 1, 0
     while True:
         steps = _penalised_path(x, mass, moment, penalty, cost, start)
         if steps == k:
@@ -180,6 +190,9 @@ def _best_path(x, mass, moment, k, penalty, cost, start):
         if few_steps and many_steps:
             penalty = (few_cost - many_cost) / (many_steps - few_steps)
         else:
+            attempts += 1
+            if steps < k and attempts > MOST_ATTEMPTS:
+                return few, penalty
             ratio = (steps / k) ** 3
             penalty *= (max(ratio, 1.12) if steps > k else min(ratio, 1 / 1.12)) ** exponent
             exponent *= 2
@@ -292,4 +305,28 @@ def _splice(few, many, k):
         d = c + shift
         if d + 1 < len(many) and few[c] <= many[d] and many[d + 1] <= few[c + 1]:
             return np.concatenate((few[: c + 1], many[d + 1 :]))
-    return few  # cannot be: between the first step and the last, the paths cross at every shift
+    return few  # only by rounding: between the first step and the last, the paths cross at every shift
+
+
+@kernel(error_model="numpy")
+def _split_further(bounds, x, mass, k):
+    """Boundaries [k + 1]: those of fewer clusters, and more, one by one, each where it lowers the error most.
+
+    A split lowers it by w1 w2 / (w1 + w2) times the squared distance of both sides' means, which rounding leaves alone.
+    """
+    while len(bounds) <= k:
+        best, place, after = -1.0, 0, 0
+        for c in range(len(bounds) - 1):
+            begin, end = bounds[c], bounds[c + 1]
+            total = 0.0  # about the cluster's first value
+            for i in range(begin, end):
+                total += (mass[i + 1] - mass[i]) * (x[i] - x[begin])
+            moment = 0.0
+            for i in range(begin, end - 1):
+                moment += (mass[i + 1] - mass[i]) * (x[i] - x[begin])
+                left, right = mass[i + 1] - mass[begin], mass[end] - mass[i + 1]
+                gain = left * right / (left + right) * ((total - moment) / right - moment / left) ** 2
+                if gain > best:
+                    best, place, after = gain, i + 1, c + 1
+        bounds = np.concatenate((bounds[:after], np.array([place]), bounds[after:]))
+    return bounds

@@ -2,7 +2,7 @@
 
 All channels of a layer are searched side by side, in Triton, each by one warp, whose threads try the successors of
 a boundary together. Rows are not merged to distinct values here; a row for which no path of k steps is best at any
-penalty, or with no more than k distinct values, is left to the CPU.
+penalty, or with no more than k distinct values, is left to the CPU. So are all rows where many centroids are asked for.
 """
 
 import torch
@@ -13,6 +13,8 @@ from quant import kmeans_cpu
 
 LANES = 32  # successors tried together: one warp
 STEPS_BACK = tl.constexpr(12)
+MOST_CENTROIDS = 16  # that this has been measured with
+MOST_ATTEMPTS = tl.constexpr(12)  # at a first penalty; see the CPU's
 UNFOUND = -1
 
 
@@ -25,14 +27,21 @@ def fit_per_channel(weight, sizes):
     moment = torch.nn.functional.pad(x.cumsum(dim=1), (1, 0))  # [C, n + 1]
     tables = []
     for k in sizes:
+        if k > MOST_CENTROIDS:
+            tables.append(_on_cpu(rows, k))
+            continue
         bounds = _best_paths(x, moment, k, distinct > k)  # [C, k + 1]
         left = bounds[:, 0] == UNFOUND
         bounds = bounds.where(~left[:, None], 0)
         table = moment.gather(1, bounds).diff(dim=1) / bounds.diff(dim=1) + center
         if left.any():
-            table[left] = kmeans_cpu.fit_sorted(rows[left].cpu().numpy(), [k])[0].to(table)
+            table[left] = _on_cpu(rows[left], k)
         tables.append(table)
     return tables
+
+
+def _on_cpu(rows, k):
+    return kmeans_cpu.fit_sorted(rows.cpu().numpy(), [k])[0].to(rows.device)
 
 
 def _best_paths(x, moment, k, wanted):
@@ -95,6 +104,7 @@ def _search(x, moment, inverse, penalties, cost, start, bounds, n, k, LANES: tl.
             for _ in range(attempts):
                 ratio = ratio * ratio
             penalty = penalty * ratio
+            searching = searching & (attempts < MOST_ATTEMPTS)
             attempts += 1
 
 

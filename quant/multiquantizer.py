@@ -1,11 +1,11 @@
-"""The multiquantizer: all six quantizers of every weight of a denoiser, fitted once.
+"""The multiquantizer: quantizers of every weight of a denoiser, fitted once: the search space's six, or others.
 
 The file holds scales, zero points and centroids, never quantized weights; codes are recomputed from
 the float weights. It is a plain dict that loads with `torch.load(weights_only=True)`:
 
     format, version, family, precision_bits
     prefix: of the module paths if only they are in it, else ""
-    slots: {key: {shape, fingerprint, errors: {method: float}, parameters: {method: {name: tensor}}}}
+    slots: {key: {shape, fingerprint, errors: {word: float}, parameters: {word: {name: tensor}}}}
 
 Tied weights are stored once, under the key of the slot that they share. The idea is Mills et al.'s (2025).
 """
@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from errors import InputError
-from quant import methods, published
-from quant.entries import fingerprint, fit_entry, is_entry
+from quant import published, registry
+from quant.entries import fingerprint, fit_entry, has_words, is_entry
 from quant.files import atomic_write, load_checkpoint
 from quant.memory import trim
 from quant.model import QuantizedModel
@@ -51,7 +51,7 @@ def build(denoiser, family, path, prefix="", overwrite=False):
     entries = _resume(partial, denoiser, slots, family, overwrite)
     keys = [key for key in free_keys(slots) if in_part(slots[key], prefix)]
     # Compiles the kernels, so that the time left is right from the start.
-    methods.fit(torch.eye(2, 4, dtype=family.dtype, device=denoiser.device))
+    registry.fit(torch.eye(2, 4, dtype=family.dtype, device=denoiser.device))
     try:
         _fit_slots(
             denoiser, family, {key: slots[key] for key in keys}, entries, lambda: save(entries, family, partial, prefix)
@@ -74,7 +74,8 @@ def _fit_slots(denoiser, family, slots, entries, checkpoint):
         for number, (key, slot) in enumerate(slots.items(), start=1):
             progress.set_postfix_str(f"layer {number}/{len(slots)}", refresh=False)
             weight = slot_weight(denoiser, slot, family)
-            if key not in entries or entries[key]["fingerprint"] != fingerprint(weight):
+            own = entries.get(key)
+            if own is None or own["fingerprint"] != fingerprint(weight) or not has_words(own):
                 try:
                     entries[key] = fit_entry(weight)
                 except ValueError as reason:
@@ -118,7 +119,7 @@ def _resume(partial, denoiser, slots, family, overwrite):
 
 
 def holds(path, denoiser, family, prefix=""):
-    """Whether `path` holds quantizers of all these weights, or those of modules in `prefix`.
+    """Whether `path` holds the search space's quantizers of all these weights, or of modules in `prefix`.
 
     InputError if it holds anything else, the quantizers of other weights above all; nothing, or some of these, is False.
     """
@@ -127,7 +128,8 @@ def holds(path, denoiser, family, prefix=""):
     slots = find_slots(denoiser, family.slot_rules)
     with _ways_out():
         entries = _own_entries(load_checkpoint(path), path, denoiser, slots, family)
-    return {key for key in free_keys(slots) if in_part(slots[key], prefix)} <= entries.keys()
+    wanted = {key for key in free_keys(slots) if in_part(slots[key], prefix)}
+    return wanted <= entries.keys() and all(has_words(entries[key]) for key in wanted)
 
 
 def check_replaceable(path, family):

@@ -9,8 +9,9 @@ import re
 import torch
 
 from errors import InputError
-from quant import methods
+from quant import uaq
 from quant.entries import make_entry
+from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys, in_part, key_of
 
 
@@ -32,7 +33,7 @@ def check_keys(content, path, slots, family):
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
     for key in free_keys(slots):
-        for name in methods.METHODS:
+        for name in SEARCH_SPACE:
             if f"{key}.quant_params.{name}" not in content:
                 raise InputError(f"{path}: has no {name} for {key}")
 
@@ -47,13 +48,12 @@ def convert(content, path, weights):
 
 def _convert_slot(content, path, key, weight):
     parameters = {}
-    for name, method in methods.METHODS.items():
-        tensor = content[f"{key}.quant_params.{name}"]
-        read = _read_uaq if method.algorithm == "mse" else _read_kmeans
+    for name in SEARCH_SPACE:
+        tensor, method = content[f"{key}.quant_params.{name}"], quantizer(name)
         try:
             if not torch.is_tensor(tensor) or not tensor.is_floating_point() or not tensor.ndim:
                 raise ValueError("is not a tensor of weights")
-            parameters[name] = read(tensor.to(weight.device), weight, method)
+            parameters[name] = READERS[method.algorithm](tensor.to(weight.device), weight, method)
         except ValueError as reason:
             raise InputError(f"{path}: {name} of {key} {reason}") from None
     return make_entry(weight, parameters)
@@ -64,8 +64,8 @@ def _read_uaq(tensor, weight, method):
         raise ValueError(f"has shape {list(tensor.shape)}, not [2, {len(weight)}, 1 ...]")
     scale, zero_point = tensor.reshape(2, -1)
     return {
-        "scale": methods.storable_scale(scale, weight.dtype),
-        "zero_point": methods.whole_numbers(zero_point.nan_to_num(0)),
+        "scale": uaq.storable_scale(scale, weight.dtype),
+        "zero_point": uaq.whole_numbers(zero_point.nan_to_num(0)),
     }
 
 
@@ -73,13 +73,12 @@ def _read_kmeans(tensor, weight, method):
     """Centroids of the quantized weight, and the boundaries that send each float weight to its own."""
     if tensor.shape != weight.shape:
         raise ValueError(f"has shape {list(tensor.shape)}, the weight {list(weight.shape)}")
-    whole = method.algorithm == "kmeans_all"
-    rows = weight.reshape(1, -1) if whole else weight.reshape(len(weight), -1)
+    rows = method.rows_of(weight)
     values, order = rows.sort(dim=1)  # [R, n]
     quantized = tensor.to(weight.dtype).reshape(rows.shape).gather(1, order)
     steps = quantized.diff(dim=1)
     codes = torch.nn.functional.pad((steps != 0).cumsum(dim=1), (1, 0))  # [R, n], which run of equal values
-    count = min(2**method.bits, rows.shape[1])
+    count = method.levels(weight.shape)
     if (steps < 0).any() or codes.max() >= count:
         raise ValueError(f"is not a clustering of this model's weights into {count} values")
     last = torch.nn.functional.pad(steps != 0, (0, 1), value=True)  # last weight of its run
@@ -91,8 +90,11 @@ def _read_kmeans(tensor, weight, method):
     used = codes[:, -1:]
     boundaries.scatter_(1, used, torch.inf)  # no boundary above the last run
     boundaries = boundaries[:, :-1].contiguous()
-    shape = (-1,) if whole else (len(weight), -1)
-    return {"centroids": centroids.reshape(shape), "boundaries": boundaries.reshape(shape)}
+    lead = method.lead(weight.shape)
+    return {"centroids": centroids.reshape(*lead, count), "boundaries": boundaries.reshape(*lead, count - 1)}
+
+
+READERS = {"mse": _read_uaq, "kmeans": _read_kmeans, "kmeans_all": _read_kmeans}  # by algorithm
 
 
 def file_bytes(denoiser, family, prefix=""):

@@ -1,62 +1,342 @@
-"""Shim until the registry is merged."""
+"""The weight quantizers, an object for each word: UAQ, K-Means-C and K-Means-A at 2 to 8 bits.
+
+The words are those of configurations and files: `mse-4`, `kmeans-3`, `kmeans_all-4`. The first two also take groups of
+inputs: in `mse-4-g64` every 64 weights of an output channel have a scale and a zero point of their own.
+
+What a quantizer needs beside the weights is its *parameters*: a dict of tensors, the *tables* that decode codes among
+them, kept in the weights' own precision. Codes and quantized weights are recomputed from the float weights and the
+parameters, so applying a quantizer twice, or after any other, gives the same weights. Parameters may also hold `codes`
+of their own, where a weight is not rounded to the nearest level.
+"""
 
 import functools
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-from quant import methods
-from quant.methods import METHODS
+import numpy as np
+import torch
 
-SEARCH_SPACE = tuple(METHODS)
+from errors import InputError
+from quant import groups, kmeans, sorted_errors, uaq
+from quant.rows import sorted_rows
+
+BITS = (4, 3)  # of the search space
+POSSIBLE = "mse, kmeans and kmeans_all take 2 to 8 bits, as mse-4, and the first two groups of 2 or more inputs: mse-4-g64"
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    name: str
+    """One way to hold a weight [C, ...] of C output channels in `bits` bits; `group` inputs together, None for all."""
+
+    bits: int
     group: int | None = None
 
-    @property
-    def bits(self):
-        return METHODS[self.name].bits
+    algorithm: ClassVar[str]  # in words
+    tables: ClassVar[tuple[str, ...]]  # names of the parameters that turn codes back into weights
+    optional: ClassVar[tuple[str, ...]] = ("codes",)  # what else parameters may hold
+    numbers: ClassVar[int]  # in the tables of a channel, group or whole weight, at most; in the weights' precision
+    is_affine: ClassVar[bool] = False  # whether weights are whole numbers times a scale, so that products may be of those
+    takes_groups: ClassVar[bool] = True
+    on_host: ClassVar[bool] = False  # whether the CPU fits it, whatever device the weight is on
 
     @property
-    def algorithm(self):
-        return METHODS[self.name].algorithm
-
-    @property
-    def tables(self):
-        return methods.decoding_parameters(self.name)
+    def name(self):
+        """The quantizer's word, such as `mse-4` or `mse-4-g64`."""
+        return f"{self.algorithm}-{self.bits}" + (f"-g{self.group}" if self.group else "")
 
     def fit(self, weight, statistics=None):
-        return methods.fit(weight)[self.name]
+        """Parameters {table: tensor} for `weight` [C, ...], in its precision; ValueError if it has NaN or infinities.
+
+        Scales and zero points have shape [C], centroids [C, k], with groups [C, G] and [C, G, k], G = ceil(n / group) for
+        n weights per channel; of K-Means-A [k]. k = min(2^bits, weights that share a codebook). `statistics` of the
+        layer's inputs are for quantizers that weigh errors by them: none of these does.
+        """
+        return _fit([self], weight)[0][self.name]
 
     def encode(self, weight, parameters):
-        return methods.quantize(self.name, weight, parameters)
+        """Codes (uint8, shape of `weight`): the parameters' own, or the nearest levels."""
+        if "codes" in parameters:
+            return parameters["codes"]
+        return self._by_block(self._encode, weight, parameters)
 
     def decode(self, codes, parameters):
-        return methods.dequantize(self.name, codes, parameters)
+        """Weights, in the tables' precision, that the codes stand for."""
+        return self._by_block(self._decode, codes, {name: parameters[name] for name in self.tables})
 
     def apply(self, weight, parameters):
-        return methods.apply(self.name, weight, parameters)
+        """`decode(encode(weight))`, by a faster way where there is one."""
+        if "codes" in parameters:
+            return self.decode(parameters["codes"], parameters)
+        return self._by_block(self._apply, weight, parameters)
 
     def error(self, weight, parameters):
-        return methods.error(weight, self.apply(weight, parameters))
+        """Quantization error: sum over output channels of the channel's mean |w - w'|^2.4."""
+        return uaq.total_error(weight, self.apply(weight, parameters))
 
     def size_bytes(self, shape, precision_bits):
-        return methods.quantized_size_bytes(self.name, shape, precision_bits)
+        """Size of the codes and of what decodes them; `precision_bits` is the float weights' own.
+
+        What decodes: UAQ's scale and zero point per output channel, K-Means-C's 2^b centroids per output channel, per
+        group where there are any; K-Means-A's 2^b centroids. (Mills et al., 2025.)
+        """
+        overhead_bits = math.prod(self.lead(shape)) * self.numbers * precision_bits
+        return math.prod(shape) * self.bits // 8 + overhead_bits // 8
+
+    def lead(self, shape):
+        """Shape of what has a table of its own in a weight of that shape: (C,), (C, G) or, of the whole weight, ()."""
+        return (shape[0],) if self.group is None else (shape[0], groups.groups_per_channel(self.group, shape))
 
     def table_shape(self, shape):
-        c = shape[0]
-        import torch
+        """Shape of each table of a weight of that shape."""
+        return self.lead(shape)
 
-        k = min(2**self.bits, torch.Size(shape).numel() // (1 if self.algorithm == "kmeans_all" else c))
-        return {"mse": (c,), "kmeans": (c, k), "kmeans_all": (k,)}[self.algorithm]
+    def rows_of(self, weight):
+        """The weights [R, n] that share a table, those of a quantizer without groups."""
+        return weight.reshape(len(weight), -1)
+
+    def levels(self, shape):
+        """Codes are below this number."""
+        return 2**self.bits
 
     def check(self, parameters, shape):
-        from quant.entries import _are_parameters
+        """Whether `parameters`, read from a file, are whole and sound for a weight of that shape.
 
-        return _are_parameters(METHODS[self.name], parameters, shape)
+        Right names and shapes, finite numbers, positive scales, ascending centroids; boundaries and codes, if any, too.
+        """
+        try:
+            required, named = set(self.tables), set(parameters)
+            if not required <= named <= required | set(self.optional):
+                return False
+            tables = {name: tensor for name, tensor in parameters.items() if name != "codes"}
+            sound = all(map(torch.is_tensor, parameters.values())) and self._are_sound(shape, **tables)
+            return sound and ("codes" not in parameters or self._are_codes(parameters["codes"], shape))
+        except (TypeError, AttributeError, IndexError, RuntimeError):  # of what is no tensor, or an odd one
+            return False
+
+    def _are_codes(self, codes, shape):
+        fits = codes.dtype == torch.uint8 and codes.shape == torch.Size(shape)
+        return fits and (not codes.numel() or int(codes.max()) < self.levels(shape))
+
+    def _by_block(self, function, tensor, parameters):
+        """What function(block, **tables) gives for each block of the tensor [C, ...], as one tensor of its shape."""
+        if self.group is None:
+            return function(tensor, **parameters)
+        tables = groups.split_tables(parameters, self.group, tensor.shape)
+        blocks = zip(groups.split(tensor, self.group), tables, strict=True)
+        return groups.join([function(block, **each) for block, each in blocks], tensor.shape)
+
+    def _error_of_rows(self, blocks, parameters, shape):
+        """`error` by the sorted rows of a weight of that shape, of parameters just fitted to it."""
+        width = math.prod(shape[1:])
+        tables = groups.split_tables(parameters, self.group, shape)
+        errors = [self._row_error(b.rows, **t) * (b.rows.shape[1] / width) for b, t in zip(blocks, tables, strict=True)]
+        return sum(errors)
 
 
-@functools.cache
+class Uniform(Quantizer):
+    """UAQ: codes are whole numbers, shifted by a zero point and scaled; see quant/uaq.py."""
+
+    algorithm, tables, is_affine = "mse", ("scale", "zero_point"), True
+    numbers = 2
+
+    @staticmethod
+    def fit_block(block, bits):
+        """Tables {b: {name: [R]}} of the rows of a block, in its search's precision."""
+        weight, rows = block
+        fitted = {b: uaq.fit(weight, b) for b in bits} if rows is None else uaq.fit_rows(rows, bits)
+        return {b: {"scale": scale, "zero_point": zero_point} for b, (scale, zero_point) in fitted.items()}
+
+    @staticmethod
+    def stored(tables, dtype):
+        return uaq.stored(**tables, dtype=dtype)
+
+    def _encode(self, block, scale, zero_point):
+        return uaq.quantize(block, scale, zero_point, self.bits).to(torch.uint8)
+
+    def _decode(self, codes, scale, zero_point):
+        return uaq.dequantize(codes, scale, zero_point)
+
+    def _apply(self, block, scale, zero_point):
+        return self._decode(self._encode(block, scale, zero_point), scale, zero_point)
+
+    def _row_error(self, rows, scale, zero_point):
+        return sorted_errors.of_uaq(rows, scale, zero_point, self.bits)
+
+    def _are_sound(self, shape, scale, zero_point):
+        integer = not zero_point.is_floating_point() and not zero_point.is_complex()
+        fits = scale.is_floating_point() and integer and scale.shape == zero_point.shape == self.lead(shape)
+        return fits and bool(scale.isfinite().all() and (scale > 0).all())
+
+
+class ChannelKMeans(Quantizer):
+    """K-Means-C: codes count through ascending centroids of the output channel, or group; see quant/kmeans.py.
+
+    Optional `boundaries`, one fewer than centroids, send a weight to another centroid than the nearest.
+    """
+
+    algorithm, tables, optional = "kmeans", ("centroids",), ("boundaries", "codes")
+
+    @property
+    def numbers(self):
+        return 2**self.bits
+
+    @staticmethod
+    def fit_block(block, bits):
+        """Tables {b: {"centroids": [R, k]}} of the rows of a block, in its search's precision."""
+        return {b: {"centroids": found} for b, found in kmeans.fit_per_channel(block.weight, bits, block.rows).items()}
+
+    @staticmethod
+    def stored(tables, dtype):
+        return {"centroids": tables["centroids"].to(dtype)}
+
+    def levels(self, shape):
+        return min(2**self.bits, self._sharing(shape))
+
+    def table_shape(self, shape):
+        return (*self.lead(shape), self.levels(shape))
+
+    def _sharing(self, shape):
+        """Weights that share a codebook, at most."""
+        width = math.prod(shape[1:])
+        return width if self.group is None else min(width, self.group)
+
+    def _encode(self, block, centroids, boundaries=None):
+        return kmeans.assign_by_boundaries(block, kmeans.boundaries_of(centroids) if boundaries is None else boundaries)
+
+    def _decode(self, codes, centroids):
+        return kmeans.dequantize(codes, centroids)
+
+    def _apply(self, block, centroids, boundaries=None):
+        return kmeans.apply(block, centroids, boundaries)
+
+    def _row_error(self, rows, centroids):
+        return sorted_errors.of_kmeans(rows, centroids)
+
+    def _are_sound(self, shape, centroids, boundaries=None):
+        lead, count = self.lead(shape), self.levels(shape)
+        sound = _is_ascending(centroids, (*lead, count)) and bool(centroids.isfinite().all())
+        # Above the last centroid that is used, boundaries are infinite.
+        return sound and (boundaries is None or _is_ascending(boundaries, (*lead, count - 1)))
+
+
+class WholeKMeans(ChannelKMeans):
+    """K-Means-A: centroids of the whole weight."""
+
+    algorithm, takes_groups, on_host = "kmeans_all", False, True
+
+    @staticmethod
+    def fit_block(block, bits):
+        """Tables {b: {"centroids": [k]}} of a weight, in its search's precision."""
+        return {b: {"centroids": found} for b, found in kmeans.fit_whole(block.weight, bits, block.rows).items()}
+
+    def lead(self, shape):
+        return ()
+
+    def rows_of(self, weight):
+        return weight.reshape(1, -1)
+
+    def _sharing(self, shape):
+        return math.prod(shape)
+
+
+def _is_ascending(table, shape):
+    fits = table.is_floating_point() and table.shape == shape
+    return fits and bool((table[..., 1:] >= table[..., :-1]).all() and not table.isnan().any())
+
+
+_KINDS = {kind.algorithm: kind for kind in (Uniform, ChannelKMeans, WholeKMeans)}
+_WORD = re.compile(r"([a-z_]+)-([2-8])(?:-g([1-9][0-9]{0,8}))?")
+ALGORITHMS = tuple(_KINDS)  # UAQ, K-Means-C, K-Means-A
+SEARCH_SPACE = tuple(f"{algorithm}-{bits}" for algorithm in ALGORITHMS for bits in BITS)  # the six of Mills et al. (2025)
+
+
 def quantizer(word):
-    return Quantizer(word)
+    """The quantizer of a word such as `mse-4`; InputError, which tells the possible words, if there is no such."""
+    found = _find(word) if isinstance(word, str) else None
+    if found is None:
+        raise InputError(f"unknown quantizer {word!r}; {POSSIBLE}")
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _find(word):
+    match = _WORD.fullmatch(word)
+    kind = match and _KINDS.get(match[1])
+    if not kind:
+        return None
+    group = match[3] and int(match[3])
+    return None if group == 1 or (group and not kind.takes_groups) else kind(int(match[2]), group)
+
+
+class Block(NamedTuple):
+    """Rows that are fitted together: a weight, or those of its groups that are equally long."""
+
+    weight: torch.Tensor  # [R, ...]
+    rows: np.ndarray | None  # [R, width], ascending, float32; None where the weight is not fitted by them
+
+    @classmethod
+    def of(cls, weight):
+        fast = weight.device.type == "cpu" and weight.dtype in sorted_errors.DROPPED_BITS
+        return cls(weight, sorted_rows(weight) if fast else None)
+
+
+def fit(weight, words=SEARCH_SPACE):
+    """Parameters {word: {table: tensor}} of several quantizers for `weight` [C, ...]: each as it would fit it alone."""
+    members, fitted = [quantizer(word) for word in words], {}
+    for alike in _by_group(members):
+        fitted |= _fit(alike, weight)[0]
+    return {each.name: fitted[each.name] for each in members}
+
+
+def fit_with_errors(weight, words=SEARCH_SPACE):
+    """Parameters as `fit`, and the errors {word: float}. A weight's rows are sorted once for all words of like groups."""
+    members, fitted, told = [quantizer(word) for word in words], {}, {}
+    for alike in _by_group(members):
+        parameters, blocks = _fit(alike, weight)
+        fitted |= parameters
+        for each in alike:
+            own = parameters[each.name]
+            slow = blocks[0].rows is None
+            told[each.name] = each.error(weight, own) if slow else each._error_of_rows(blocks, own, weight.shape)
+    return {each.name: fitted[each.name] for each in members}, {each.name: told[each.name] for each in members}
+
+
+def _by_group(members):
+    """Lists of the quantizers that have the same groups."""
+    alike = {}
+    for each in members:
+        alike.setdefault(each.group, []).append(each)
+    return alike.values()
+
+
+def _fit(members, weight):
+    """({word: parameters}, blocks of the weight) of quantizers that have the same groups."""
+    group = members[0].group
+    blocks = [Block.of(part) for part in groups.split(weight, group)]
+    widths = {}  # class -> its bit widths
+    for each in members:
+        widths.setdefault(type(each), []).append(each.bits)
+    fitted = [_fit_block(widths, block) for block in blocks]
+    parameters = {}
+    for each in members:
+        tables = groups.join_tables([found[type(each)][each.bits] for found in fitted], group, len(weight))
+        parameters[each.name] = each.stored(tables, weight.dtype)
+    return parameters, blocks
+
+
+def _fit_block(widths, block):
+    """{class: {b: tables}} for the bit widths of each class."""
+    if block.weight.device.type == "cpu":
+        return {kind: kind.fit_block(block, bits) for kind, bits in widths.items()}
+    with ThreadPoolExecutor(1) as pool:  # what the CPU fits, while a GPU is at the others
+        pending = {kind: pool.submit(kind.fit_block, block, bits) for kind, bits in widths.items() if kind.on_host}
+        found = {kind: kind.fit_block(block, bits) for kind, bits in widths.items() if not kind.on_host}
+        return found | {kind: future.result() for kind, future in pending.items()}
+
+
+def fp_size_bytes(shape, precision_bits):
+    """Size of the float weight."""
+    return math.prod(shape) * precision_bits // 8

@@ -1,8 +1,8 @@
-"""The error of every method on a fitted weight, from its sorted rows.
+"""The error of a quantizer on the weight that it was fitted to, from its sorted rows.
 
-Under any of the six methods a channel's weights that share a code are neighbours in its sorted row, so a
-method's error needs the places where codes change, found by bisection, and one pass of |w - w'|^2.4. The
-codes are exactly those of `methods.quantize`, whose divisions round to the weights' own precision.
+Under any algorithm a channel's weights that share a code are neighbours in its sorted row, so the
+error needs the places where codes change, found by bisection, and one pass of |w - w'|^2.4. The
+codes are exactly those of `Quantizer.encode`, whose divisions round to the weights' own precision.
 """
 
 import numpy as np

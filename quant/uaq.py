@@ -27,6 +27,11 @@ def mean_error(weight, quantized):
     return difference.abs_().pow_(2.4).mean(dim=1)
 
 
+def total_error(weight, quantized):
+    """Quantization error of a slot: sum over output channels of the channel's mean |w - w'|^2.4."""
+    return mean_error(weight, quantized).double().sum().item()
+
+
 def fit(weight, bits):
     """Scale and zero point [C] of each output channel of `weight` [C, ...].
 
@@ -55,6 +60,28 @@ def fit(weight, bits):
     constant = low == high
     scale = torch.where(constant & (low != 0), low.abs(), scale)
     return torch.ldexp(scale, exponent), torch.where(constant, (low < 0).to(scale.dtype), zero_point)
+
+
+def stored(scale, zero_point, dtype):
+    """The tables of a fitted scale and zero point, as they are kept: {name: tensor}."""
+    storable = storable_scale(scale, dtype)
+    # A scale that rounding moves far (a subnormal one) must not move the channel's offset with it.
+    return {"scale": storable, "zero_point": whole_numbers((zero_point * scale / storable).round())}
+
+
+def storable_scale(scale, dtype):
+    """The scale in the weights' precision; one too small for it becomes its smallest number, not 0."""
+    rounded = scale.to(dtype)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return torch.where(rounded > 0, rounded, smallest)
+
+
+def whole_numbers(zero_point):
+    """Zero points as the smallest integer type that holds them: 0 ... 2^b - 1 where weights straddle 0."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if zero_point.abs().max() <= torch.iinfo(dtype).max:
+            return zero_point.to(dtype)
+    return zero_point.clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
 
 
 def quantize(weight, scale, zero_point, bits):

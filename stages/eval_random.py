@@ -79,6 +79,8 @@ def check_first(args, family, device):
     entries = multiquantizer.read(args.multi_chkpt, family)
     for spec in args.q_config:
         config.check_file(spec, entries, family)
+    if entries and not args.q_config:
+        config.check_space(entries)
     if args.clip_score:
         ClipScore(args.clip_model, torch.device("cpu"))
 

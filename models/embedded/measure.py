@@ -21,8 +21,8 @@ from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
-from quant import methods
 from quant.model import QuantizedModel
+from quant.registry import SEARCH_SPACE
 from quant.slots import find_slots
 
 NUM_PROMPTS = 50
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--quality_count", type=int, default=500, help="pictures per line of the quality under methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--guidances", type=float, nargs="+", help="default: the one for labels and the one for pictures")
-    parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(methods.METHODS))
+    parser.add_argument("--methods", nargs="*", default=["mse-4", "mse-3"], choices=list(SEARCH_SPACE))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_size", type=int, help="default: the family's; changes results by float rounding at most")
     parser.add_argument("--output", type=Path, help="also write the result there")

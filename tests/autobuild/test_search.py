@@ -1,6 +1,7 @@
 """Searches, against going through all configurations."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -107,6 +108,13 @@ def test_shifts_that_cancel_are_found(space):
     assert (first[3], first[7]) != (1, 5)
     codes = search.shortest_sum(space, shifts, first, 6)
     assert (codes[3], codes[7]) == (1, 5)
+
+
+def test_other_methods_are_not_of_the_space(space):
+    configuration = space.configuration(np.zeros(len(space.keys), int)) | {space.keys[2][0]: "mse-8"}
+    message = rf"^{re.escape(space.keys[2][0])}: mse-8 is not of the search space; it has mse-4, "
+    with pytest.raises(InputError, match=message):
+        space.codes_of(configuration)
 
 
 @pytest.mark.parametrize("bits", [16, 32])

@@ -10,7 +10,7 @@ from autobuild import sensitivity
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant import methods
+from quant import registry
 from quant.model import QuantizedModel
 
 PROMPTS = ["a red seven on a blue background", "a green two", "seven"]
@@ -212,12 +212,12 @@ def test_more_bits_change_less(recording):
     sampler = load_sampler(family, "embedded", torch.device("cpu"))
     model = QuantizedModel(sampler.denoiser, family.dtype, include=[r"transformer_blocks\.3\.ff\.net\.0\.proj"])
     (part,) = model.parts.values()
-    parameters = methods.fit(part.original)
+    parameters = registry.fit(part.original)
     probe = sensitivity.Probe(sampler.denoiser, recording, settings_of("dit"))
     measured, shifts = measure([part], parameters, probe)
     assert shifts.shape == (6, 3 * 2 * 4 * 8 * 8)
-    changes = dict(zip(methods.METHODS, measured.tolist(), strict=True))
-    for algorithm in methods.ALGORITHMS:
+    changes = dict(zip(registry.SEARCH_SPACE, measured.tolist(), strict=True))
+    for algorithm in registry.ALGORITHMS:
         assert 0 < changes[f"{algorithm}-4"] < changes[f"{algorithm}-3"] < 0.1
     assert probe.shift(lambda _: None, None)[0] < 1e-10  # the float weight is back
 

@@ -44,6 +44,13 @@ def test_sum_by_hand():
     assert tera_bops(macs, WHOLE, methods, act_bits=8) * 1e12 == pytest.approx(weights + others)
 
 
+@pytest.mark.parametrize(
+    ("method", "bits"), [("mse-8", 8), ("mse-2-g64", 2), ("kmeans-8", 16), ("kmeans_all-2", 16), ("kmeans-4-g64", 16)]
+)
+def test_methods_outside_the_search_space(method, bits):
+    assert tera_bops(Macs(layers={"a": 10}), {"a": WHOLE["a"]}, {"a": method}, act_bits=8) * 1e12 == pytest.approx(80 * bits)
+
+
 def test_parts_share_their_layer_by_input_channels():
     """A 3x3 convolution of 3 + 5 channels to 2 on 7 positions: 7 x 2 x 27 and 7 x 2 x 45 multiply-accumulates."""
     slots = {"x": slot("x", "conv", (2, 3, 3, 3), (0, 3)), "x_0": slot("x_0", "conv", (2, 5, 3, 3), (3, 8))}

@@ -11,7 +11,7 @@ import torch
 from models import geometry
 from models.families import FAMILIES
 from quant import config
-from quant.methods import METHODS
+from quant.registry import SEARCH_SPACE
 from quant.slots import find_slots
 
 SELF_ATTENTION, CROSS_ATTENTION = ([f"attn{i}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] for i in (1, 2))
@@ -112,7 +112,7 @@ def test_the_published_graph_builder_finds_its_keys(slots):
 def test_the_published_features_can_be_computed(slots):
     """Of a key's value it takes the method, FP bytes / quantized bytes and the error."""
     name, slots = slots
-    entries = {slot.tie: {"errors": dict.fromkeys(METHODS, 0.5)} for slot in slots.values()}
+    entries = {slot.tie: {"errors": dict.fromkeys(SEARCH_SPACE, 0.5)} for slot in slots.values()}
     drawn = config.draw_random(slots, seed=1, index=0)
     description = config.describe(drawn, slots, entries, FAMILIES[name].precision_bits)
     for method, fp_bytes, quantized_bytes, error in description.values():

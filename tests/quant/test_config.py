@@ -1,13 +1,16 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import SPLIT_FAMILIES, tiny
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import config
-from quant.methods import METHODS
+from quant import config, layers, multiquantizer
+from quant.entries import fit_entry
+from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys
 
 TIED = "model.transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight_quantizer"
@@ -28,7 +31,7 @@ def test_random_depends_on_seed_and_index_alone(slots):
 def test_random_covers_the_space(slots):
     drawn = [config.draw_random(slots, 0, index) for index in range(300)]
     shares = np.array([np.mean([method.endswith("3") for method in d.values()]) for d in drawn])
-    assert set().union(*(d.values() for d in drawn)) == set(METHODS)
+    assert set().union(*(d.values() for d in drawn)) == set(SEARCH_SPACE)
     assert shares.min() < 0.1 and shares.max() > 0.9 and abs(shares.mean() - 0.5) < 0.06  # p ~ U(0, 1)
     algorithms = [method.split("-")[0] for d in drawn for method in d.values()]
     assert all(abs(algorithms.count(name) / len(algorithms) - 1 / 3) < 0.02 for name in config.ALGORITHMS)
@@ -80,7 +83,7 @@ def test_rows_of_a_cache(tmp_path, slots):
     ("change", "message"),
     [
         ({"model.nowhere.weight_quantizer": "mse-4"}, r"model\.nowhere"),
-        ({"model.proj_out_1.weight_quantizer": "mse-5"}, r"'mse-5' for model\.proj_out_1"),
+        ({"model.proj_out_1.weight_quantizer": "mse-9"}, r"'mse-9' for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": ["x"] * 4}, r"'x' for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": []}, r"\[\] for model\.proj_out_1"),
         ({"model.proj_out_1.weight_quantizer": None}, r"None for model\.proj_out_1"),
@@ -111,6 +114,54 @@ def test_other_pickles_are_refused(tmp_path, slots, content):
 def test_unknown_uniform_method(slots):
     with pytest.raises(InputError, match="unknown method 'mse-9'"):
         config.load("uniform:mse-9", slots)
+
+
+OTHERS = ["mse-8", "kmeans-2", "kmeans_all-5", "mse-4-g16"]
+
+
+@pytest.mark.parametrize("word", OTHERS)
+def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
+    """Fitted, they are applied and told like the six."""
+    denoiser, slots, entries = load_tiny("hunyuan")
+    weights = {key: multiquantizer.slot_weight(denoiser, slot, FAMILIES["hunyuan"]) for key, slot in slots.items()}
+    entries = {key: fit_entry(weights[key], [word]) for key in entries}
+    parts = layers.install(denoiser, FAMILIES["hunyuan"], slots)
+    chosen = config.load(f"uniform:{word}", slots)
+    config.check_file(f"uniform:{word}", entries, FAMILIES["hunyuan"])
+    config.apply(chosen, parts, slots, entries)
+    described = config.describe(chosen, slots, entries, precision_bits=16)
+    for key, slot in slots.items():
+        expected = quantizer(word).apply(weights[key], entries[slot.tie]["parameters"][word])
+        assert torch.equal(slot.part_of(denoiser.get_submodule(slot.module_path).weight), expected.float())
+        size = quantizer(word).size_bytes(slot.shape, 16)
+        assert described[key] == [word, slot.shape.numel() * 2, size, entries[slot.tie]["errors"][word]]
+
+
+def test_methods_that_were_not_fitted_are_told(slots, load_tiny):
+    """The first weight that lacks one is named, and what the multiquantizer has, before anything changes."""
+    denoiser, slots, entries = load_tiny("dit")
+    parts = layers.install(denoiser, FAMILIES["dit"], slots)
+    chosen, first = config.uniform(slots, "mse-8"), next(iter(slots))
+    held = "mse-4, mse-3, kmeans-4, kmeans-3, kmeans_all-4, kmeans_all-3"
+    message = rf"^{re.escape(first)}: the multiquantizer has only {held}, not mse-8; [^\n]*$"
+    for refuse in (
+        lambda: config.apply(chosen, parts, slots, entries),
+        lambda: config.pack(chosen, parts, slots, entries),
+        lambda: config.describe(chosen, slots, entries, 16),
+        lambda: config.check_file("uniform:mse-8", entries, FAMILIES["dit"]),
+    ):
+        with pytest.raises(InputError, match=message):
+            refuse()
+    assert all(part.method is None for part in parts.values())
+
+
+def test_what_random_configurations_need_is_told(load_tiny):
+    _, _, entries = load_tiny("dit")
+    config.check_space(entries)
+    key = list(entries)[3]
+    parameters = {word: own for word, own in entries[key]["parameters"].items() if word != "kmeans-3"}
+    with pytest.raises(InputError, match=rf"^{re.escape(key)}: the multiquantizer has only .*, not kmeans-3; "):
+        config.check_space(entries | {key: entries[key] | {"parameters": parameters}})
 
 
 # Keys written by hand of the tiny denoisers: a weight, and one part of a split weight where the family has any.
@@ -196,6 +247,6 @@ def test_each_part_pays_its_own_overhead(method, overhead_numbers, load_tiny):
     described = config.describe(config.uniform(slots, method), slots, entries, precision_bits=16)
     keys = [f"model.blocks.5.skip_linear.weight_quantizer{ending}" for ending in ("", "_0")]
     for key, overhead in zip(keys, overhead_numbers, strict=True):
-        assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * METHODS[method].bits // 8 + 2 * overhead]
+        assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * quantizer(method).bits // 8 + 2 * overhead]
         assert described[key][3] == entries[key]["errors"][method]
     assert described[keys[0]][3] != described[keys[1]][3]

@@ -5,8 +5,9 @@ import torch
 
 from models import geometry
 from models.families import FAMILIES
-from quant import methods, multiquantizer
+from quant import multiquantizer
 from quant.model import QuantizedModel
+from quant.registry import quantizer
 from quant.slots import find_slots, in_part
 
 # Two levels of the U-Nets, at their own channels; four blocks of Hunyuan, since fewer have no skip.
@@ -71,5 +72,5 @@ def test_six_fits_at_full_width(tmp_path, family):
     weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family.slot_rules)[key], family)
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
-        change = (methods.apply(method, weight, parameters).float() - weight.float()).norm() / weight.float().norm()
+        change = (quantizer(method).apply(weight, parameters).float() - weight.float()).norm() / weight.float().norm()
         assert 0.01 < change < 0.35

@@ -59,6 +59,34 @@ def test_equals_the_table(draw):
                 assert error == pytest.approx(best, rel=1e-9, abs=1e-12 * np.var(values) * count), (count, bits)
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+def test_many_centroids_equal_the_table(draw):
+    """Up to 256 of few more values than that, where clusters are single values for the most part, as well as of many."""
+    rng = np.random.default_rng(0)
+    for count in (33, 130, 257, 300, 420):
+        values = np.asarray(DRAWS[draw](rng, count), np.float64)
+        weight = torch.from_numpy(values)[None]
+        for bits in (5, 7, 8):
+            best = reference.least_squared_error(values, 2**bits)
+            error = squared_error(weight, kmeans.fit_per_channel(weight, (bits,))[bits]).item()
+            assert error == pytest.approx(best, rel=1e-9, abs=1e-12 * np.var(values) * count), (count, bits)
+
+
+def test_values_that_sums_do_not_tell_apart():
+    """Beside 1, a double's sums of squares leave nothing of these: the clusters of all but the outlier are still many."""
+    weight = torch.cat([torch.arange(100) * 1e-10, torch.ones(1)]).double()[None]
+    centroids = kmeans.fit_per_channel(weight, (4,))[4]
+    assert centroids.unique().numel() == 16 and centroids[0, -1] == 1
+    assert squared_error(weight, centroids) < squared_error(weight, kmeans.fit_per_channel(weight, (3,))[3])
+    assert squared_error(weight, kmeans.fit_per_channel(weight, (7,))[7]) < 1e-30
+
+
+def test_split_further_by_hand():
+    """0, 1, 10, 11, 30 in one cluster: the first split takes 30 off, the second parts 0, 1 from 10, 11."""
+    x, mass = np.array([0.0, 1.0, 10.0, 11.0, 30.0]), np.arange(6.0)
+    assert kmeans_cpu._split_further(np.array([0, 5]), x, mass, 3).tolist() == [0, 2, 4, 5]
+
+
 def test_a_path_is_spliced_where_none_is_best():
     """At one penalty paths of one and of three steps over 0, 1 ... 5 are best: the one of two is made of both."""
     few, many = np.array([0, 6]), np.array([0, 2, 4, 6])
@@ -151,7 +179,7 @@ def test_refuses_nan():
 
 def test_fitting_leaves_torchs_threads_alone():
     """Numba and torch share OpenMP: a first fit must not change how many threads torch computes with."""
-    code = "import torch; from quant import methods; torch.set_num_threads(1); methods.fit(torch.randn(8, 8)); "
+    code = "import torch; from quant import registry; torch.set_num_threads(1); registry.fit(torch.randn(8, 8)); "
     command = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_inputs
 from torch import nn
 
 from models.families import FAMILIES
-from quant import config, exchangeable, methods
+from quant import config, exchangeable, registry
 from quant.activations import set_activation_bits
 from quant.exchangeable import install
 from quant.layers import packed_layers, weight_bytes
@@ -127,7 +127,7 @@ def test_without_originals_weights_are_the_same_for_good(quantized):
     assert float_bytes(once)[1] == 0
     once.apply(configuration)  # nothing changes
     key = next(iter(once.slots))
-    other = next(method for method in methods.METHODS if method != configuration[key])
+    other = next(method for method in registry.SEARCH_SPACE if method != configuration[key])
     parameters = once.entries[key]["parameters"]
     for change in (lambda part: part.set_method(None), lambda part: part.set_method(other, parameters[other])):
         with pytest.raises(RuntimeError, match="for good"):
@@ -215,7 +215,8 @@ def test_weights_are_the_methods_weights(quantized):
     expected = {}  # module path -> its quantized parts
     for key, slot in quantized.slots.items():
         parameters = quantized.entries[slot.tie]["parameters"][configuration[key]]
-        expected.setdefault(slot.module_path, []).append(methods.apply(configuration[key], originals[key], parameters))
+        own = registry.quantizer(configuration[key]).apply(originals[key], parameters)
+        expected.setdefault(slot.module_path, []).append(own)
     for path, weights in expected.items():
         weight = quantized.denoiser.get_submodule(path).weight
         assert torch.equal(weight, torch.cat(weights, dim=1).float()), path
@@ -251,13 +252,13 @@ def quantizable(layer, family, boundaries):
 
 def put(parts, names):
     """Fit each part to the method named and put it under it; returns the parts' parameters."""
-    parameters = [methods.fit(part.original)[name] for part, name in zip(parts, names, strict=True)]
+    parameters = [registry.fit(part.original)[name] for part, name in zip(parts, names, strict=True)]
     for part, name, fitted in zip(parts, names, parameters, strict=True):
         part.set_method(name, fitted)
     return parameters
 
 
-@pytest.mark.parametrize("method", list(methods.METHODS))
+@pytest.mark.parametrize("method", registry.SEARCH_SPACE)
 @LAYERS
 def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method, family):
     """Decoded or packed, a quantized layer computes what a float layer with its weights computes."""
@@ -265,22 +266,22 @@ def test_equals_a_float_layer_with_the_dequantized_weights(layer, shape, method,
     quantized, parts = quantizable(layer, family, (0, layer.weight.shape[1]))
     (parameters,) = put(parts, [method])
     reference = copy.deepcopy(layer)
-    reference.weight.data = methods.apply(method, layer.weight.detach().half(), parameters).float()
+    reference.weight.data = registry.quantizer(method).apply(layer.weight.detach().half(), parameters).float()
     with torch.no_grad():
         assert torch.equal(quantized(input), reference(input))
         assert torch.equal(quantized.packed([method], [parameters])(input), reference(input))
 
 
-@pytest.mark.parametrize("names", list(itertools.product(methods.METHODS, repeat=2)), ids="+".join)
+@pytest.mark.parametrize("names", list(itertools.product(registry.SEARCH_SPACE, repeat=2)), ids="+".join)
 @LAYERS
 def test_a_split_layer_is_its_two_halves(layer, shape, names, family):
     """Fits, methods, codes and parameters of the first input channels and of the rest have nothing in common."""
     boundary, weight = layer.weight.shape[1] // 3, layer.weight.detach().half()
     quantized, parts = quantizable(layer, family, (0, boundary, layer.weight.shape[1]))
     halves = [weight[:, :boundary].contiguous(), weight[:, boundary:].contiguous()]
-    fitted = [methods.fit(half)[name] for half, name in zip(halves, names, strict=True)]
+    fitted = [registry.fit(half)[name] for half, name in zip(halves, names, strict=True)]
     reference = copy.deepcopy(layer)
-    expected = [methods.apply(name, half, p) for name, half, p in zip(names, halves, fitted, strict=True)]
+    expected = [registry.quantizer(name).apply(half, p) for name, half, p in zip(names, halves, fitted, strict=True)]
     reference.weight.data = torch.cat(expected, dim=1).float()
     parameters = put(parts, names)
     assert torch.equal(quantized.weight, reference.weight)
@@ -315,7 +316,7 @@ def test_packed_denoiser_computes_the_same_in_fewer_bytes(quantized):
     precision_bits = quantized.family.precision_bits
     description = config.describe(configuration, quantized.slots, quantized.entries, precision_bits)
     free = [slot for key, slot in quantized.slots.items() if slot.tie == key]
-    codes = sum(slot.shape.numel() * methods.METHODS[configuration[slot.key]].bits / 8 for slot in free)
+    codes = sum(slot.shape.numel() * registry.quantizer(configuration[slot.key]).bits / 8 for slot in free)
     # Zero points are small integers, tied weights are there once, and each row's last codes fill whole bytes.
     rows = sum(len(layer.codes) for layer in packed.values())
     assert codes < weight_bytes(quantized.denoiser) <= config.quantized_size(description) + 3 * rows

@@ -9,7 +9,8 @@ from conftest import SPLIT_FAMILIES, tiny, tiny_dit
 from errors import InputError
 from models.families import FAMILIES
 from quant import entries as entries_module
-from quant import methods, multiquantizer
+from quant import multiquantizer
+from quant.registry import quantizer
 from quant.slots import find_slots, free_keys, key_of
 
 
@@ -43,8 +44,7 @@ def test_build_save_load(name, tmp_path, load_tiny):
         weight = multiquantizer.slot_weight(denoiser, slots[key], family)
         assert entry["shape"] == list(weight.shape) == list(slots[key].shape)
         for method, parameters in entry["parameters"].items():
-            error = methods.error(weight, methods.apply(method, weight, parameters))
-            assert entry["errors"][method] == pytest.approx(error, rel=2e-6)
+            assert entry["errors"][method] == pytest.approx(quantizer(method).error(weight, parameters), rel=2e-6)
 
 
 def test_tied_weights_are_fitted_once(built):
@@ -122,6 +122,7 @@ def damage_parameter(method, name, value):
         lambda content: content["slots"][key_of("proj_out_1")].pop("fingerprint"),
         lambda content: content["slots"][key_of("proj_out_1")]["parameters"].pop("kmeans-3"),
         lambda content: content["slots"][key_of("proj_out_1")]["errors"].update({"mse-3": "text"}),
+        lambda content: content["slots"][key_of("proj_out_1")]["errors"].update({"mse-3": 10**400}),
         damage_parameter("mse-4", "scale", torch.ones(3)),
         damage_parameter("mse-4", "scale", torch.full([32], torch.nan)),
         damage_parameter("mse-4", "zero_point", torch.ones(32)),
@@ -133,6 +134,43 @@ def damage_parameter(method, name, value):
 def test_damaged_files_are_refused(built, tmp_path, denoiser, family, damage):
     content = torch.load(built[0], weights_only=True)
     damage(content)
+    torch.save(content, tmp_path / "damaged.pt")
+    with pytest.raises(InputError, match=r"damaged\.pt: damaged multiquantizer"):
+        multiquantizer.load(tmp_path / "damaged.pt", denoiser, family)
+
+
+def test_entries_hold_whatever_words(tmp_path, denoiser, family):
+    """Not the six, nor the same in all: the file loads, is no full multiquantizer, and its weights are fitted anew."""
+    slots = find_slots(denoiser, family.slot_rules)
+    words = [["mse-8"], ["kmeans-2", "mse-4-g16"], ["kmeans_all-5"]]
+    weights = {key: multiquantizer.slot_weight(denoiser, slots[key], family) for key in free_keys(slots)}
+    entries = {key: entries_module.fit_entry(weight, words[i % 3]) for i, (key, weight) in enumerate(weights.items())}
+    assert all(entries_module.is_entry(entry) for entry in entries.values())
+    multiquantizer.save(entries, family, tmp_path / "other.pt")
+    assert same_entries(multiquantizer.load(tmp_path / "other.pt", denoiser, family)[1], entries)
+    assert not multiquantizer.holds(tmp_path / "other.pt", denoiser, family)
+    shutil.copy(tmp_path / "other.pt", tmp_path / "mq.pt.partial")
+    assert all(
+        entries_module.has_words(entry) for entry in multiquantizer.build(denoiser, family, tmp_path / "mq.pt").values()
+    )
+
+
+def change_words(change):
+    def damage(content):
+        entry = content["slots"][key_of("proj_out_1")]
+        for each in ("parameters", "errors"):
+            entry[each] = change(entry[each])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda held: {}, lambda held: held | {"mse-9": held["mse-4"]}, lambda held: held | {3: held["mse-4"]}, lambda held: []],
+)
+def test_entries_of_no_words_or_unknown_ones_are_damaged(built, tmp_path, denoiser, family, change):
+    content = torch.load(built[0], weights_only=True)
+    change_words(change)(content)
     torch.save(content, tmp_path / "damaged.pt")
     with pytest.raises(InputError, match=r"damaged\.pt: damaged multiquantizer"):
         multiquantizer.load(tmp_path / "damaged.pt", denoiser, family)

@@ -9,9 +9,12 @@ from test_uaq import published_search
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import methods, multiquantizer, published, uaq
+from quant import multiquantizer, published, uaq
 from quant.model import QuantizedModel
+from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys, key_of
+
+SIX = {word: quantizer(word) for word in SEARCH_SPACE}
 
 
 def published_kmeans(weight, bits, per_channel):
@@ -40,7 +43,7 @@ def published_file(tmp_path_factory, family):
     content = {}
     for key, slot in find_slots(denoiser, family.slot_rules).items():
         weight = multiquantizer.slot_weight(denoiser, slot, family)
-        for name, method in methods.METHODS.items():
+        for name, method in SIX.items():
             if method.algorithm == "mse":
                 tensor = published_uaq(weight, method.bits)
             else:
@@ -58,13 +61,13 @@ def test_converts_to_the_same_weights(published_file, family):
     assert slots == find_slots(denoiser, family.slot_rules) and list(entries) == free_keys(slots)
     for key, entry in entries.items():
         weight = multiquantizer.slot_weight(denoiser, slots[key], family)
-        for name, method in methods.METHODS.items():
-            ours = methods.apply(name, weight, entry["parameters"][name])
+        for name, method in SIX.items():
+            ours = method.apply(weight, entry["parameters"][name])
             theirs = content[f"{key}.quant_params.{name}"]
             if method.algorithm == "mse":
                 theirs = published_uaq_weight(weight, theirs, method.bits)
             assert torch.equal(ours, theirs), (key, name)
-            assert entry["errors"][name] == methods.error(weight, theirs)
+            assert entry["errors"][name] == uaq.total_error(weight, theirs)
 
 
 def test_converted_file_saves_and_loads(published_file, family, tmp_path):
@@ -151,7 +154,7 @@ def published_splits(tmp_path_factory):
         content = {
             f"{key}.quant_params.{method.name}": published_slot(weight, method)
             for key, weight in weights.items()
-            for method in methods.METHODS.values()
+            for method in SIX.values()
         }
         content |= {k.replace("quant_params", "loss_dict"): torch.tensor([0.1]).half() for k in content}
         torch.save(content, folder / f"{name}_mq.pt")
@@ -166,7 +169,7 @@ def test_split_files_apply_to_exactly_the_published_weights(name, published_spli
     slots, entries = multiquantizer.load(path, denoiser, family)
     assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
     model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
-    for method in methods.METHODS.values():
+    for method in SIX.values():
         model.apply(method.name)
         expected = {}  # module path -> the published weights of its parts
         for key, slot in slots.items():

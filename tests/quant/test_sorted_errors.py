@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from quant import methods, sorted_errors
+from quant import registry, sorted_errors
 from quant.power import sum_of_powers
+from quant.registry import quantizer
+
+WORDS = (*registry.SEARCH_SPACE, "mse-8", "kmeans-6", "kmeans_all-7", "mse-4-g64", "kmeans-3-g50", "mse-2-g500")
 
 
 def weights():
@@ -22,9 +25,9 @@ def weights():
 def test_errors_are_those_of_the_quantized_weight(name, weight, dtype):
     """The fast route, code changes in sorted rows, against quantizing and subtracting, rounding for rounding."""
     weight = weight.to(dtype)
-    parameters, errors = methods.fit_with_errors(weight)
-    for method, expected in methods.errors(weight, parameters).items():
-        assert errors[method] == pytest.approx(expected, rel=2e-6), method
+    parameters, errors = registry.fit_with_errors(weight, WORDS)
+    for word, own in parameters.items():
+        assert errors[word] == pytest.approx(quantizer(word).error(weight, own), rel=2e-6), word
 
 
 def test_codes_at_every_half():
@@ -33,7 +36,7 @@ def test_codes_at_every_half():
     halves = halves[halves.isfinite()]
     for scale, zero_point in ((0.0123, 7), (0.5, 3), (3e-5, -4000), (1.7e-3, 2500)):
         scale = torch.tensor([scale]).half()
-        expected = methods.quantize("mse-4", halves[None], {"scale": scale, "zero_point": torch.tensor([zero_point])})
+        expected = quantizer("mse-4").encode(halves[None], {"scale": scale, "zero_point": torch.tensor([zero_point])})
         half_scale, half_zero = np.float32(scale.item()), np.float32(torch.tensor(zero_point).half().item())
         codes = [sorted_errors._code(np.float32(w), half_scale, half_zero, np.uint32(13)) for w in halves[::7].tolist()]
         mine = [min(max(code, 0), 15) for code in codes]

@@ -11,6 +11,7 @@ from errors import InputError
 from evaluation import fid
 from models.families import FAMILIES
 from quant import config, multiquantizer
+from quant.entries import fit_entry
 from quant.files import check_writable
 from stages import build_config, eval_random, plot_insights, sampling, score_sources
 
@@ -153,3 +154,19 @@ def test_entries_of_a_file(tiny_mq, tmp_path):
     assert list(read) == list(entries)
     torch.save({"model.a.weight_quantizer.quant_params.mse-4": torch.ones(2)}, tmp_path / "published.pt")
     assert multiquantizer.read(tmp_path / "published.pt", FAMILIES["dit"]) is None
+
+
+@pytest.fixture
+def lean_mq(tmp_path, load_tiny):
+    """Path of a multiquantizer of a tiny DiT that was fitted with mse-8 and nothing else."""
+    denoiser, slots, entries = load_tiny("dit")
+    weights = {key: multiquantizer.slot_weight(denoiser, slots[key], FAMILIES["dit"]) for key in entries}
+    lean = {key: fit_entry(weight, ["mse-8"]) for key, weight in weights.items()}
+    multiquantizer.save(lean, FAMILIES["dit"], tmp_path / "lean.pt")
+    return tmp_path / "lean.pt"
+
+
+@pytest.mark.parametrize("flags", [(), ("--q_config", "uniform:mse-4")])
+def test_random_configurations_need_the_search_space(lean_mq, tmp_path, flags, run_script, nothing_is_loaded):
+    code, printed = run_script(eval_random, "dit", *EVAL, "--multi_chkpt", lean_mq, "--outdir", tmp_path / "out", *flags)
+    assert code == 2 and "the multiquantizer has only mse-8, not mse-4; " in printed and printed.count("\n") == 1
