@@ -8,8 +8,9 @@ from conftest import SPLIT_FAMILIES, tiny
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import config, layers, multiquantizer
+from quant import config, multiquantizer
 from quant.entries import fit_entry
+from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys
 
@@ -125,10 +126,10 @@ def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
     denoiser, slots, entries = load_tiny("hunyuan")
     weights = {key: multiquantizer.slot_weight(denoiser, slot, FAMILIES["hunyuan"]) for key, slot in slots.items()}
     entries = {key: fit_entry(weights[key], [word]) for key in entries}
-    parts = layers.install(denoiser, FAMILIES["hunyuan"], slots)
+    model = QuantizedModel.of_slots(denoiser, slots, FAMILIES["hunyuan"].dtype, entries)
     chosen = config.load(f"uniform:{word}", slots)
     config.check_file(f"uniform:{word}", entries, FAMILIES["hunyuan"])
-    config.apply(chosen, parts, slots, entries)
+    model.apply(chosen)
     described = config.describe(chosen, slots, entries, precision_bits=16)
     for key, slot in slots.items():
         expected = quantizer(word).apply(weights[key], entries[slot.tie]["parameters"][word])
@@ -138,21 +139,17 @@ def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
 
 
 def test_methods_that_were_not_fitted_are_told(slots, load_tiny):
-    """The first weight that lacks one is named, and what the multiquantizer has, before anything changes."""
-    denoiser, slots, entries = load_tiny("dit")
-    parts = layers.install(denoiser, FAMILIES["dit"], slots)
+    """The first weight that lacks one is named, and what the multiquantizer has"""
+    _, slots, entries = load_tiny("dit")
     chosen, first = config.uniform(slots, "mse-8"), next(iter(slots))
     held = "mse-4, mse-3, kmeans-4, kmeans-3, kmeans_all-4, kmeans_all-3"
     message = rf"^{re.escape(first)}: the multiquantizer has only {held}, not mse-8; [^\n]*$"
     for refuse in (
-        lambda: config.apply(chosen, parts, slots, entries),
-        lambda: config.pack(chosen, parts, slots, entries),
         lambda: config.describe(chosen, slots, entries, 16),
         lambda: config.check_file("uniform:mse-8", entries, FAMILIES["dit"]),
     ):
         with pytest.raises(InputError, match=message):
             refuse()
-    assert all(part.method is None for part in parts.values())
 
 
 def test_what_random_configurations_need_is_told(load_tiny):
