@@ -11,9 +11,9 @@ from evaluation.clip_score import CLIP_MODEL, ClipScore
 from evaluation.stopwatch import Stopwatch
 from models.embedded.captions import subject_prompts
 from models.pipelines import is_embedded, pick_device
-from quant import config, multiquantizer
+from quant import multiquantizer
 from quant.files import remove_leftovers, save_text
-from stages import halving
+from stages import halving, q_config
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.forecast import check_disk
 from stages.labeller import Job, make_extractor
@@ -78,7 +78,7 @@ def check_first(args, family, device):
     check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
     for spec in args.q_config:
-        config.check_file(spec, entries, family)
+        q_config.check(spec, entries, family)
     if args.clip_score:
         ClipScore(args.clip_model, torch.device("cpu"))
 
@@ -153,7 +153,7 @@ def parse_args(family):
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
     halving.check(args)
     args.num_archs = len(args.q_config) or args.num_archs
-    args.chosen_key = ", ".join(map(config.spec_key, args.q_config)) or None
+    args.chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
     return args
 
 
@@ -186,7 +186,7 @@ def results_table(rows, full_precision):
     """Lines of a table: configuration, average bits, size, FID; best first."""
     yield f"{'configuration':<16}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}"
     numbered = [("full precision", full_precision)]
-    order = sorted(enumerate(rows, 1), key=lambda pair: config.by_fid(pair[1]))
+    order = sorted(enumerate(rows, 1), key=lambda pair: quant_cache.by_fid(pair[1]))
     numbered += [(str(number), row) for number, row in order]
     for name, row in numbered:
         yield (

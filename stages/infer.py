@@ -16,6 +16,7 @@ from models.pipelines import defaults, pick_device
 from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import remove_leftovers
+from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
@@ -33,7 +34,7 @@ def main(family):
     device = pick_device(args.device)
     check_first(args, family, device)
     args.multi_chkpt_key = multiquantizer.file_key(args.multi_chkpt, family)
-    args.q_config_key = config.spec_key(args.q_config)
+    args.q_config_key = q_config.key(args.q_config)
     chosen = args.cls_id if family.num_classes else args.prompt
     prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
     with run_folder(args) as folder:
@@ -57,7 +58,7 @@ def check_first(args, family, device):
             "build_config.py or labelled (quant_cache.pkl:best); `--q_config uniform:mse-4` needs none"
         )
     entries = multiquantizer.read(args.multi_chkpt, family)
-    config.check_file(args.q_config, entries, family)
+    q_config.check(args.q_config, entries, family)
     check_sampling(args, family, device)
 
 
@@ -102,7 +103,7 @@ def run(family, args, device, prompts, folder):
         return
     sampler = load_for(args, family, device, prompts, place=False)
     slots, entries = multiquantizer.load(args.multi_chkpt, sampler.denoiser, family)
-    configuration = config.load(args.q_config, slots)
+    configuration = q_config.load(args.q_config, slots)
     description = config.describe(configuration, slots, entries, family.precision_bits)
     avg_bits = config.avg_bits(description, family.precision_bits)
     save_settings(args, folder / SETTINGS)

@@ -15,6 +15,7 @@ from evaluation.stopwatch import Stopwatch
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config, layers, multiquantizer
+from stages import q_config
 from stages.common import in_precision
 from stages.sampling import encode_for, load_encoded
 
@@ -93,7 +94,7 @@ class Labeller:
 
     def configuration(self, index):
         if self.args.q_config:
-            return config.load(self.args.q_config[index], self.slots)
+            return q_config.load(self.args.q_config[index], self.slots)
         return config.draw_random(self.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
 
     def describe(self, indices):

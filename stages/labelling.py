@@ -19,7 +19,6 @@ from errors import InputError
 from evaluation import fid, jsonl, quant_cache
 from evaluation.images import save_png, say_constant
 from evaluation.proxies import PER_IMAGE
-from quant import config
 from quant.files import atomic_write
 from stages import baseline, halving
 from stages.common import log
@@ -106,7 +105,7 @@ class Labelling:
         if self.baseline is not None:
             with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
                 row = json.loads(path.read_text())
-                if isinstance(row, dict) and config.is_row(row | {"config": {}}):
+                if isinstance(row, dict) and quant_cache.is_row(row | {"config": {}}):
                     self.check_reference(row["FID-GT-1k"])
                     return row
         self.baseline = None  # measured without one

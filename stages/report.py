@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib
 
 from evaluation import jsonl, quant_cache
-from quant import config
 from quant.files import atomic_write
 from stages import label_runs
 from stages.common import OneLineParser, at_least
@@ -57,7 +56,7 @@ def rows_of(runs):
         for run in runs
         for number, numbers in enumerate(run.numbers(), start=1)
     ]
-    return sorted(flat, key=config.by_fid)
+    return sorted(flat, key=quant_cache.by_fid)
 
 
 def text_table(table, full_precision):

@@ -12,7 +12,7 @@ from evaluation import fid
 from models.families import FAMILIES
 from quant import config, multiquantizer
 from quant.files import check_writable
-from stages import build_config, eval_random, plot_insights, sampling, score_sources
+from stages import build_config, eval_random, plot_insights, q_config, sampling, score_sources
 
 NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
 
@@ -140,10 +140,10 @@ def test_configurations_that_load(tmp_path, load_tiny):
     _, slots, entries = load_tiny("dit")
     for name, left_out in (("all.pkl", ()), ("free.pkl", [key for key, slot in slots.items() if slot.tie != key])):
         config.save({key: "mse-4" for key in slots if key not in left_out}, tmp_path / name)
-        config.load(tmp_path / name, slots)
-        config.check_file(tmp_path / name, entries, FAMILIES["dit"])
-        config.check_file(tmp_path / name, None, FAMILIES["dit"])
-    config.check_file("uniform:kmeans-3", entries, FAMILIES["dit"])
+        q_config.load(tmp_path / name, slots)
+        q_config.check(tmp_path / name, entries, FAMILIES["dit"])
+        q_config.check(tmp_path / name, None, FAMILIES["dit"])
+    q_config.check("uniform:kmeans-3", entries, FAMILIES["dit"])
 
 
 def test_entries_of_a_file(tiny_mq, tmp_path):
