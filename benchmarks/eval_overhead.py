@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from benchmarks.machine import write_result
 from evaluation import fid
-from evaluation.images import noise_generators, save_png
+from evaluation.images import noise_generators
 from evaluation.stopwatch import Stopwatch
+from models.embedded.judge import digit_reference_folder
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, layers, multiquantizer
+from quant.files import save_png
 from stages.eval_random import prompts_for
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
@@ -75,7 +77,7 @@ def label_as_published(job, device, folder):
             (image,) = sampler.images([prompt], generators, args.steps, args.guidance, args.res)
             save_png((image * 255).round().astype("uint8"), folder / f"{number:05d}.png")
         options = {"mode": "clean", "device": device, "custom_fn_resize": extractor.resize, "verbose": False}
-        reference = str(fid.digit_reference_folder())
+        reference = str(digit_reference_folder())
         fids.append(clean_fid.compare_folders(str(folder), reference, extractor.model, num_workers=0, **options))
     return fids, time.perf_counter() - start
 
@@ -107,7 +109,7 @@ def main():
         job = job_of(args, Path(temporary))
         denoiser = load_denoiser(job.family, "embedded", device)
         multiquantizer.build(denoiser, job.family, job.args.multi_chkpt)
-        reference = fid.reference_statistics(fid.digit_reference_folder(), make_extractor(job, device), device)
+        reference = fid.reference_statistics(digit_reference_folder(), make_extractor(job, device), device)
         ours, seconds, in_denoiser = label_ours(job, device, reference)
         published, published_seconds = label_as_published(job, device, Path(temporary) / "png")
         by_workers = {count: label_by_workers(job, device, reference, count) for count in args.workers}

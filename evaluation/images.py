@@ -5,11 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from errors import InputError, first_line, lacks_memory
-from quant.files import atomic_write
 
 log = logging.getLogger("qua2sedimo")
 
@@ -104,10 +102,3 @@ def halve_batch(settings, reason):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     log.warning("out of memory: going on with %d images at a time", settings.batch_size)
-
-
-def save_png(image, path):
-    """Write an image, an array uint8 [H, W, 3] or Pillow's own, whole or not at all."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    with atomic_write(path) as file:
-        image.save(file, "PNG")

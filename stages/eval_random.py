@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 import constants
 from errors import InputError
 from evaluation import fid, prompts, quant_cache
-from evaluation.clip_score import CLIP_MODEL, ClipScore
 from evaluation.stopwatch import Stopwatch
+from models.clip import CLIP_MODEL, load_clip
 from models.embedded.captions import subject_prompts
+from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import multiquantizer
 from quant.files import remove_leftovers, save_text
@@ -61,7 +60,7 @@ def main(family):
     check_first(args, family, device)
     if args.reference is None:
         embedded = is_embedded(family, args.model_id)
-        args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
+        args.reference = digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
     args.reference_key = fid.folder_key(args.reference, times=False)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     image_prompts = prompts_for(args, family)
@@ -80,7 +79,7 @@ def check_first(args, family, device):
     for spec in args.q_config:
         q_config.check(spec, entries, family)
     if args.clip_score:
-        ClipScore(args.clip_model, torch.device("cpu"))
+        load_clip(args.clip_model)
 
 
 def run(family, args, device, image_prompts):

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
-from evaluation.images import save_png
 from models.components import quiet_loading
 from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, pick_device
 from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
-from quant.files import remove_leftovers
+from quant.files import remove_leftovers, save_png
 from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log

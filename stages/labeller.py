@@ -12,6 +12,8 @@ from evaluation.clip_score import ClipScore
 from evaluation.images import generate_batches
 from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
+from models.clip import load_clip
+from models.embedded.judge import DigitFeatures
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config, layers, multiquantizer
@@ -54,7 +56,7 @@ def name_of(index):
 
 def make_extractor(job, device):
     """What turns images into the features that FID compares."""
-    return (fid.DigitFeatures if is_embedded(job.family, job.args.model_id) else fid.InceptionFeatures)(device)
+    return (DigitFeatures if is_embedded(job.family, job.args.model_id) else fid.InceptionFeatures)(device)
 
 
 def encode(job, device):
@@ -81,7 +83,7 @@ class Labeller:
     def __init__(self, job, device, embeddings, extractor=None):
         self.args, self.family, self.prompts, self.device = job.args, job.family, job.prompts, device
         self.extractor = extractor or make_extractor(job, device)
-        self.clip = ClipScore(self.args.clip_model, device) if self.args.clip_score else None
+        self.clip = ClipScore(*load_clip(self.args.clip_model), device) if self.args.clip_score else None
         self.watch = Stopwatch(device)
         self.on_drawn = lambda count: None  # told how many images have come
         self.sampler = load_encoded(self.args, self.family, device, embeddings)

@@ -17,9 +17,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from errors import InputError
 from evaluation import fid, jsonl, quant_cache
-from evaluation.images import save_png, say_constant
+from evaluation.images import say_constant
 from evaluation.proxies import PER_IMAGE
-from quant.files import atomic_write
+from quant.files import atomic_write, save_png
 from stages import baseline, halving
 from stages.common import log
 from stages.forecast import Forecast

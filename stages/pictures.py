@@ -4,7 +4,8 @@ from itertools import groupby
 
 from PIL import Image
 
-from evaluation.images import generate_batches, save_png, say_constant
+from evaluation.images import generate_batches, say_constant
+from quant.files import save_png
 
 
 class Pictures:

@@ -19,6 +19,7 @@ from evaluation import fid
 from evaluation.images import generate
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
+from models.embedded.judge import DigitFeatures, digit_reference_folder
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
 from quant import layers, methods
@@ -54,8 +55,8 @@ class Judge:
 
     def __init__(self):
         device = torch.device("cpu")
-        self.classifier, self.extractor = load_classifier(), fid.DigitFeatures(device)
-        self.reference = fid.reference_statistics(fid.digit_reference_folder(), self.extractor, device)
+        self.classifier, self.extractor = load_classifier(), DigitFeatures(device)
+        self.reference = fid.reference_statistics(digit_reference_folder(), self.extractor, device)
 
     def right(self, pictures, answers):
         """Which pictures show the `answers` [N, parts], part by part."""

@@ -12,6 +12,7 @@ from evaluation import fid, quant_cache
 from hub_layouts.conftest import CHECKPOINT
 from hub_layouts.hub import environment, hub_cache
 from hub_layouts.published import REPOSITORIES, read_files
+from models.embedded import judge
 from models.families import FAMILIES
 from stages import eval_random, infer, multiquantizer
 
@@ -24,7 +25,7 @@ NUM_IMAGES = 4
 @pytest.fixture
 def judged_by_digits(monkeypatch):
     """The Inception network cannot be had offline: the digit classifier's features stand in for its."""
-    monkeypatch.setattr(fid, "InceptionFeatures", fid.DigitFeatures)
+    monkeypatch.setattr(fid, "InceptionFeatures", judge.DigitFeatures)
 
 
 @pytest.fixture

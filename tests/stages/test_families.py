@@ -208,15 +208,16 @@ def test_clip_score_is_a_seventh_key_only_when_asked_for(in_workplace, monkeypat
     family, _ = in_workplace
 
     class FixedScore:
-        def __init__(self, model_id, device):
-            self.model_id = model_id
+        def __init__(self, model, processor, device):
+            pass
 
         def scores(self, images, prompts):
             assert len(images) == len(prompts) == 2
             return np.array([20.0, 30.0])
 
+    monkeypatch.setattr(labeller, "ClipScore", FixedScore)
     for module in (labeller, eval_random):
-        monkeypatch.setattr(module, "ClipScore", FixedScore)
+        monkeypatch.setattr(module, "load_clip", lambda model_id: (None, None))
     flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 2, "--steps", 1, "--outdir", tmp_path, "--clip_score")
     assert run_script(eval_random, family.name, *flags)[0] == 0
     (row,) = quant_cache.load(tmp_path / "quant_cache.pkl")

@@ -15,7 +15,8 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from errors import InputError
-from evaluation import fid, jsonl, quant_cache
+from evaluation import jsonl, quant_cache
+from models.embedded.judge import digit_reference_folder
 from models.pipelines import Sampler
 from stages import eval_random, halving, labeller
 from stages.labeller import Task
@@ -97,7 +98,7 @@ def largest_file(count_bytes):
 def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path, run_script):
     """Files may not grow over 100 kB: full precision's pictures do not fit."""
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
-    fid.digit_reference_folder()  # kept for all runs, and not what is tested
+    digit_reference_folder()  # kept for all runs, and not what is tested
     with largest_file(100_000):
         code, printed = run_script(eval_random, "dit", *flags)
     assert code == 2 and "Traceback" not in printed
