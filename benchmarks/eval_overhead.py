@@ -23,10 +23,9 @@ from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, layers, multiquantizer
 from quant.files import save_png
-from stages.eval_random import prompts_for
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
-from stages.sampling import load_for
+from stages.sampling import load_for, prompts_for
 from stages.workers import StoredPrompts, ThisProcess, start_workers
 
 

@@ -4,53 +4,23 @@ from pathlib import Path
 
 import constants
 from errors import InputError
-from evaluation import fid, prompts, quant_cache
+from evaluation import fid, quant_cache
 from evaluation.stopwatch import Stopwatch
 from models.clip import CLIP_MODEL, load_clip
-from models.embedded.captions import subject_prompts
 from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import multiquantizer
 from quant.files import remove_leftovers, save_text
-from stages import halving, q_config
+from stages import halving, prompt_files, q_config
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.forecast import check_disk
+from stages.label_runs import LABEL_FLAGS
 from stages.labeller import Job, make_extractor
 from stages.labelling import Labelling
 from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
-from stages.sampling import add_sampling_flags, check_sampling, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, parse_sampling, prompts_for
 from stages.workers import needs_ray, start_workers
-
-# What images depend on.
-IMAGE_FLAGS = (
-    "model_id",
-    "seed",
-    "n_imgs",
-    "prompts_key",  # the prompts, or class numbers, themselves
-    "res",
-    "steps",
-    "guidance",
-    "scheduler",
-    "negative_prompt",
-    "dtype",
-    "lora_key",  # scale and content of each --lora
-    "multiquantizer_key",  # what is in the file of --multi_chkpt
-)
-# A label depends on these flags; a run goes on only with the same ones.
-LABEL_FLAGS = (
-    *IMAGE_FLAGS,
-    "refiner_id",
-    "vae_tiling",
-    "clip_score",
-    "clip_model",
-    "a_l",
-    "a_u",
-    "published_noise",
-    "chosen_key",  # what --q_config names
-    "halving_key",  # --budget_images, and among how many configurations
-    "reference_key",  # what is in the folder of --reference
-)
 
 
 def main(family):
@@ -64,7 +34,7 @@ def main(family):
     args.reference_key = fid.folder_key(args.reference, times=False)
     args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
     image_prompts = prompts_for(args, family)
-    args.prompts_key = prompts.key(image_prompts)
+    args.prompts_key = prompt_files.key(image_prompts)
     args.halving_key = f"{args.budget_images} of {args.num_archs}" if args.budget_images else None
     with only_run_in(args.outdir):
         remove_leftovers(args.outdir)
@@ -154,15 +124,6 @@ def parse_args(family):
     args.num_archs = len(args.q_config) or args.num_archs
     args.chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
     return args
-
-
-def prompts_for(args, family):
-    """`n_imgs` prompts, or class numbers for a family that has no prompts."""
-    if family.num_classes:
-        return [index % args.num_classes for index in range(args.n_imgs)]
-    if args.prompts is None and is_embedded(family, args.model_id):
-        return [caption for _, caption in subject_prompts(args.n_imgs)]
-    return prompts.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
 
 
 def check_same_run(args, settings):

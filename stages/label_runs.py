@@ -6,9 +6,23 @@ from typing import NamedTuple
 
 from errors import InputError
 from evaluation import jsonl, quant_cache
-from stages.eval_random import LABEL_FLAGS
 from stages.run_folder import read_settings
+from stages.sampling import IMAGE_FLAGS
 
+# A label depends on these flags; a run goes on only with the same ones.
+LABEL_FLAGS = (
+    *IMAGE_FLAGS,
+    "refiner_id",
+    "vae_tiling",
+    "clip_score",
+    "clip_model",
+    "a_l",
+    "a_u",
+    "published_noise",
+    "chosen_key",  # what --q_config names
+    "halving_key",  # --budget_images, and among how many configurations
+    "reference_key",  # what is in the folder of --reference
+)
 OWN_FLAGS = ("seed", "a_l", "a_u", "halving_key", "chosen_key")  # in which labels that are merged may differ
 NOT_NUMBERS = ("row", "configuration", "images")  # what else is in a line of proxies
 

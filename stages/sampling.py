@@ -4,8 +4,10 @@ import argparse
 import re
 from pathlib import Path
 
+import constants
 from errors import InputError
 from models import schedulers
+from models.embedded.captions import subject_prompts
 from models.facts import native_pixels, num_classes, open_model, own_scheduler
 from models.lora import open_lora
 from models.pipelines import (
@@ -21,11 +23,28 @@ from models.pipelines import (
 )
 from models.prompt_memo import encode_prompts, remember
 from quant.memory import return_free_memory
+from stages import prompt_files
 from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
 
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
 STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
 FAR = 1.5  # times more or fewer pixels per side than a model is made for
+
+# What images depend on.
+IMAGE_FLAGS = (
+    "model_id",
+    "seed",
+    "n_imgs",
+    "prompts_key",  # the prompts, or class numbers, themselves
+    "res",
+    "steps",
+    "guidance",
+    "scheduler",
+    "negative_prompt",
+    "dtype",
+    "lora_key",  # scale and content of each --lora
+    "multiquantizer_key",  # what is in the file of --multi_chkpt
+)
 
 
 def add_sampling_flags(parser, family):
@@ -163,6 +182,15 @@ def _is_far(size, native):
     ratios = [ours / theirs for ours, theirs in zip(size, native, strict=True)]
     area = (ratios[0] * ratios[1]) ** 0.5
     return not 1 / FAR <= area <= FAR
+
+
+def prompts_for(args, family):
+    """`n_imgs` prompts, or class numbers for a family that has no prompts."""
+    if family.num_classes:
+        return [index % args.num_classes for index in range(args.n_imgs)]
+    if args.prompts is None and is_embedded(family, args.model_id):
+        return [caption for _, caption in subject_prompts(args.n_imgs)]
+    return prompt_files.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
 
 
 def extras_of(args):

@@ -12,21 +12,28 @@ from tqdm import tqdm
 
 from autobuild import space as spaces
 from errors import InputError
-from evaluation import prompts as prompt_files
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant import layers, multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
+from stages import prompt_files
 from stages.common import (
     OneLineParser,
     at_least,
     in_precision,
     parser_for,
 )
-from stages.eval_random import IMAGE_FLAGS, prompts_for
 from stages.forecast import as_time
 from stages.library_notes import Once, library_notes
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, show_steps
+from stages.sampling import (
+    IMAGE_FLAGS,
+    add_sampling_flags,
+    check_sampling,
+    load_for,
+    parse_sampling,
+    prompts_for,
+    show_steps,
+)
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaluation import jsonl, quant_cache
 from stages import report
-from stages.eval_random import LABEL_FLAGS
+from stages.label_runs import LABEL_FLAGS
 from stages.run import run_main
 
 BITS, FIDS = [3.0, 3.5, 4.0, 4.5, 3.2], [9.0, 7.0, 7.5, 5.0, math.nan]
