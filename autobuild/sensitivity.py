@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from errors import InputError
-from evaluation.images import in_batches, noise_generators
+from models.drawing import in_batches, noise_generators
 from models.inputs import Taken, map_tensors
 
 SKETCH = 8192  # numbers that a shift is kept as

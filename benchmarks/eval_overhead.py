@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import write_result
 from evaluation import fid
-from evaluation.images import noise_generators
 from evaluation.stopwatch import Stopwatch
+from models.drawing import noise_generators
 from models.embedded.judge import digit_reference_folder
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device

@@ -25,8 +25,8 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from errors import InputError, first_line
+from evaluation.constant_images import is_constant, say_constant
 from evaluation.image_folder import folder_key, image_files, read_rgb
-from evaluation.images import is_constant, say_constant
 from quant.files import atomic_write, cache_folder
 
 log = logging.getLogger("qua2sedimo")

@@ -9,10 +9,11 @@ from bops.bops import tera_bops
 from bops.macs import count_macs
 from evaluation import fid
 from evaluation.clip_score import ClipScore
-from evaluation.images import generate_batches
+from evaluation.constant_images import is_constant
 from evaluation.proxies import paired
 from evaluation.stopwatch import Stopwatch
 from models.clip import load_clip
+from models.drawing import generate_batches
 from models.embedded.judge import DigitFeatures
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
@@ -151,7 +152,10 @@ class Labeller:
     def judge(self, batch, baseline):
         """{name: array [N, ...]} of a batch of images, as `measure` has it."""
         features = fid.image_features(batch.images, self.extractor, self.device)
-        judged = {"features": np.where(batch.broken[:, None], np.nan, features), "constant": batch.constant}
+        judged = {
+            "features": np.where(batch.broken[:, None], np.nan, features),
+            "constant": is_constant(batch.images, batch.broken),
+        }
         chosen = slice(batch.indices.start, batch.indices.stop)
         if baseline is not None:
             originals = (np.array(each[chosen]) for each in (baseline.images, baseline.latents))

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from errors import InputError
 from evaluation import fid, jsonl, quant_cache
-from evaluation.images import say_constant
+from evaluation.constant_images import say_constant
 from evaluation.proxies import PER_IMAGE
 from quant.files import atomic_write, save_png
 from stages import baseline, halving

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from errors import InputError
-from evaluation.images import generate, generate_batches, is_constant, noise_generators
+from models.drawing import generate, generate_batches, noise_generators
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
 
@@ -120,25 +120,6 @@ def test_an_image_of_no_numbers_is_told_and_black():
     assert batch.broken.tolist() == [False, True, False] and not batch.images[1].any() and batch.images[2].all()
     with pytest.raises(InputError, match=r"mine: image 2 of 3"):
         generate(Drawer(9), [1, np.nan, 3], settings(3), "mine")
-
-
-def test_images_of_one_colour_are_counted(caplog):
-    generate(Drawer(3), [1, 2, 3], settings(2), "mine")
-    assert "mine: 3 of 3 images are of one constant colour" in caplog.text
-    images = np.zeros((3, 4, 5, 3), np.uint8)
-    images[0] = (10, 200, 30)
-    images[2, 3, 4, 2] = 1  # in one channel of the last pixel
-    assert is_constant(images).tolist() == [True, True, False]
-
-
-def test_an_image_of_no_numbers_is_not_counted_as_one_of_one_colour():
-    (batch,) = generate_batches(Drawer(9), [1, np.nan], settings(3), "")
-    assert batch.constant.tolist() == [True, False]
-
-
-def test_nothing_is_said_of_ordinary_images(sampler, caplog):
-    pictures(sampler, 3)
-    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart_alpha", "sdxl"])

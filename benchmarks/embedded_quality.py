@@ -1,4 +1,4 @@
-"""Measure an embedded pipeline: `python -m models.embedded.measure pixart_alpha`.
+"""Measure an embedded pipeline: `python -m benchmarks.embedded_quality pixart_alpha`.
 
 Prints, as `measured.json` beside the pipeline holds them: how many of 500 pictures of 50 prompts show
 the prompt's digit and its two colours (of a class-conditional model: the class's digit) by a classifier
@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from evaluation import fid
-from evaluation.images import generate
+from evaluation.constant_images import is_constant, say_constant
+from models.drawing import generate
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.embedded.judge import DigitFeatures, digit_reference_folder
@@ -47,7 +48,9 @@ def make_pictures(sampler, prompts, seed, guidance, batch_size=None):
     settings = argparse.Namespace(
         seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=batch_size or row.batch_size
     )
-    return generate(sampler, prompts, settings, "pictures")
+    pictures = generate(sampler, prompts, settings, "pictures")
+    say_constant("pictures", is_constant(pictures))
+    return pictures
 
 
 class Judge:

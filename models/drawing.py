@@ -1,4 +1,4 @@
-"""Images from a sampler, each from its own noise."""
+"""Images drawn by a sampler, each from its own noise, as many at a time as memory holds."""
 
 import logging
 from typing import NamedTuple
@@ -19,22 +19,6 @@ class Batch(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, 3]
     latents: torch.Tensor  # float32 [N, C, h, w]
     broken: np.ndarray  # bool [N]
-
-    @property
-    def constant(self):
-        """Which images are of one constant colour, those that are broken aside: bool [N]."""
-        return is_constant(self.images) & ~self.broken
-
-
-def is_constant(images):
-    """Which images (uint8 [N, H, W, 3]) are of one constant colour: bool [N]."""
-    return (images == images[:, :1, :1]).all(axis=(1, 2, 3))
-
-
-def say_constant(name, constant):
-    """Log how many images are of one constant colour (`constant`, bool [N]), if any: a blackened image is."""
-    if count := int(np.sum(constant)):
-        log.warning("%s: %d of %d images are of one constant colour", name, count, len(constant))
 
 
 def noise_generators(seed, indices, published_noise=False):
@@ -88,7 +72,6 @@ def generate(sampler, prompts, settings, name):
     bad = np.flatnonzero(np.concatenate([batch.broken for batch in batches]))
     if len(bad):
         raise InputError(f"{name}: image {bad[0] + 1} of {len(prompts)} has values that are not numbers; try other flags")
-    say_constant(name, np.concatenate([batch.constant for batch in batches]))
     return np.concatenate([batch.images for batch in batches])
 
 
