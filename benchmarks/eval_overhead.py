@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from benchmarks.machine import write_result
 from evaluation import fid
-from evaluation.stopwatch import Stopwatch
 from models.drawing import noise_generators
 from models.embedded.judge import digit_reference_folder
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, layers, multiquantizer
 from quant.files import save_png
-from stages.labeller import Job, make_extractor
-from stages.labelling import Labelling
+from stages.labelling.labeller import Job, make_extractor
+from stages.labelling.labelling_run import LabellingRun
+from stages.labelling.stopwatch import Stopwatch
+from stages.labelling.workers import StoredPrompts, ThisProcess, start_workers
 from stages.sampling import load_for, prompts_for
-from stages.workers import StoredPrompts, ThisProcess, start_workers
 
 
 def job_of(args, folder):
@@ -53,7 +53,7 @@ def label_ours(job, device, reference):
     encoding = watch.take().get("encode", 0.0)
     denoiser.forward = workers.labeller.watch.timed("denoiser", denoiser.forward)
     start = time.perf_counter()
-    labelling = Labelling(job, workers, reference, watch)
+    labelling = LabellingRun(job, workers, reference, watch)
     fids = [labelling.measure_full_precision()["FID-GT-1k"]]
     fids += [row["FID-GT-1k"] for row in labelling.label(list(labelling.indices))]
     return fids, encoding + time.perf_counter() - start, watch.seconds["denoiser"]
@@ -86,7 +86,7 @@ def label_by_workers(job, device, reference, count):
     args = argparse.Namespace(**vars(job.args) | {"workers": count, "outdir": job.args.outdir.with_name(f"labels_{count}")})
     job, watch = job._replace(args=args), Stopwatch(device)
     with start_workers(job, device, make_extractor(job, device), watch) as workers:
-        labelling = Labelling(job, workers, reference, watch)
+        labelling = LabellingRun(job, workers, reference, watch)
         labelling.measure_full_precision()
         start = time.perf_counter()
         labelling.label(list(labelling.indices))

@@ -20,7 +20,9 @@ def main():
     scores = load_scores(args, family, args.avg_bits if best else None)
     space = scores.space
     codes = scores.best_within(args.avg_bits) if best else space.codes_of(chosen)
-    for path in insights.draw_all(space, scores.of_weights(), scores.published_parts(), codes, family.title, args.outdir):
+    for path in insights.draw_all(
+        space, scores.of_weights(), scores.published_decisions(), codes, family.title, args.outdir
+    ):
         print(path)
 
 

@@ -23,7 +23,7 @@ from stages.common import (
     in_precision,
     parser_for,
 )
-from stages.forecast import as_time
+from stages.labelling.forecast import as_time
 from stages.library_notes import Once, library_notes
 from stages.sampling import (
     IMAGE_FLAGS,

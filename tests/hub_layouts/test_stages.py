@@ -14,7 +14,8 @@ from hub_layouts.hub import environment, hub_cache
 from hub_layouts.published import REPOSITORIES, read_files
 from models.embedded import judge
 from models.families import FAMILIES
-from stages import eval_random, infer, multiquantizer
+from stages import infer, multiquantizer
+from stages.labelling import eval_random
 
 NEEDED = {name: (name,) for name in FAMILIES} | {"sdxl": ("sdxl", "sdxl_refiner"), "sdv15": ("clip",)}
 CPU = ("--device", "cpu")

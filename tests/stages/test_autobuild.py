@@ -15,7 +15,8 @@ from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
 from quant.files import load_checkpoint
-from stages import eval_random, sampling, score_sources
+from stages import sampling, score_sources
+from stages.labelling import eval_random
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"
 ROWS = 60

@@ -12,7 +12,8 @@ from evaluation import fid
 from models.families import FAMILIES
 from quant import config, multiquantizer
 from quant.files import check_writable
-from stages import build_config, eval_random, plot_insights, q_config, sampling, score_sources
+from stages import build_config, plot_insights, q_config, sampling, score_sources
+from stages.labelling import eval_random
 
 NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import EVAL
 
 from models import drawing
-from stages import eval_random, labeller
+from stages.labelling import eval_random, labeller
 from stages.library_notes import library_notes
 
 

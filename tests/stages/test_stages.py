@@ -18,7 +18,8 @@ from models import drawing
 from models.pipelines import load_denoiser
 from quant import config
 from quant.slots import find_slots
-from stages import eval_random, infer, labeller, multiquantizer
+from stages import infer, multiquantizer
+from stages.labelling import eval_random, labeller
 from stages.run_folder import only_run_in
 
 

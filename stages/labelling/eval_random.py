@@ -5,22 +5,23 @@ from pathlib import Path
 import constants
 from errors import InputError
 from evaluation import fid, quant_cache
-from evaluation.stopwatch import Stopwatch
 from models.clip import CLIP_MODEL, load_clip
 from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import multiquantizer
 from quant.files import remove_leftovers, save_text
-from stages import halving, prompt_files, q_config
+from stages import prompt_files, q_config
 from stages.common import at_least, in_precision, log, parser_for, share
-from stages.forecast import check_disk
-from stages.label_runs import LABEL_FLAGS
-from stages.labeller import Job, make_extractor
-from stages.labelling import Labelling
+from stages.labelling import successive_halving
+from stages.labelling.forecast import check_disk
+from stages.labelling.label_runs import LABEL_FLAGS
+from stages.labelling.labeller import Job, make_extractor
+from stages.labelling.labelling_run import LabellingRun
+from stages.labelling.stopwatch import Stopwatch
+from stages.labelling.workers import needs_ray, start_workers
 from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
 from stages.sampling import add_sampling_flags, check_sampling, parse_sampling, prompts_for
-from stages.workers import needs_ray, start_workers
 
 
 def main(family):
@@ -73,11 +74,11 @@ def label(args, settings, job, device):
     watch = Stopwatch(device)
     with start_workers(job, device, extractor, watch) as workers:
         try:
-            labelling = Labelling(job, workers, reference, watch)
+            labelling = LabellingRun(job, workers, reference, watch)
             save_settings(args, settings)
             full_precision = labelling.measure_full_precision()
             log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
-            return labelling.label(halving.survivors(labelling, args)), full_precision
+            return labelling.label(successive_halving.survivors(labelling, args)), full_precision
         finally:
             log.info("where the time went\n%s", "\n".join(watch.table()))
 
@@ -120,7 +121,7 @@ def parse_args(family):
     args = parse_sampling(parser, family, guidance="label_guidance")
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
-    halving.check(args)
+    successive_halving.check(args)
     args.num_archs = len(args.q_config) or args.num_archs
     args.chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
     return args

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import InputError
-from evaluation import jsonl, quant_cache
+from evaluation import quant_cache
+from stages.labelling import json_lines
 from stages.run_folder import read_settings
 from stages.sampling import IMAGE_FLAGS
 
@@ -53,7 +54,7 @@ def read(path):
     rows = quant_cache.load(cache)
     if not rows:
         raise InputError(f"{cache}: no labelled configurations; make them with *_eval_random.py --outdir {cache.parent}")
-    proxies = {line["row"]: line for line in jsonl.load(cache.parent / "quant_proxies.jsonl") if "row" in line}
+    proxies = {line["row"]: line for line in json_lines.load(cache.parent / "quant_proxies.jsonl") if "row" in line}
     settings = cache.parent / "sampling_config.yaml"
     return Run(cache.parent, read_settings(settings) if settings.exists() else None, rows, proxies)
 

@@ -11,7 +11,6 @@ from evaluation import fid
 from evaluation.clip_score import ClipScore
 from evaluation.constant_images import is_constant
 from evaluation.proxies import paired
-from evaluation.stopwatch import Stopwatch
 from models.clip import load_clip
 from models.drawing import generate_batches
 from models.embedded.judge import DigitFeatures
@@ -20,6 +19,7 @@ from models.pipelines import is_embedded, meta_denoiser
 from quant import config, layers, multiquantizer
 from stages import q_config
 from stages.common import in_precision
+from stages.labelling.stopwatch import Stopwatch
 from stages.sampling import encode_for, load_encoded
 
 
@@ -118,18 +118,18 @@ class Labeller:
             "config": description,
         }
 
-    def measure(self, task, baseline=None):
+    def measure(self, task, full_precision=None):
         """({name: array [N, ...]}, {phase: seconds}) of the task's N images.
 
         `features` [N, F] are not numbers where an image is not; `constant` [N] says which are of one colour. With a
-        `baseline`, also the proxies of it; with --clip_score `clip_score` [N]; without a baseline, and with
+        `full_precision`, also the proxies: distances to its images; with --clip_score `clip_score` [N]; without it, and with
         --keep_samples, the `images`, and `latents`.
         """
         with self.watch.phase("quantize"):
             self.put(task.index)
         with self.judges() as judge, self.watch.phase("denoise"):
             batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
-            judged = [judge.submit(self.judge, batch, baseline) for batch in self.told(batches)]
+            judged = [judge.submit(self.judge, batch, full_precision) for batch in self.told(batches)]
             with self.watch.phase("features"):
                 judged = [each.result() for each in judged]
         return {name: np.concatenate([each[name] for each in judged]) for name in judged[0]}, self.watch.take()
@@ -149,7 +149,7 @@ class Labeller:
         else:
             config.apply(self.configuration(index), self.parts, self.slots, self.entries)
 
-    def judge(self, batch, baseline):
+    def judge(self, batch, full_precision):
         """{name: array [N, ...]} of a batch of images, as `measure` has it."""
         features = fid.image_features(batch.images, self.extractor, self.device)
         judged = {
@@ -157,13 +157,13 @@ class Labeller:
             "constant": is_constant(batch.images, batch.broken),
         }
         chosen = slice(batch.indices.start, batch.indices.stop)
-        if baseline is not None:
-            originals = (np.array(each[chosen]) for each in (baseline.images, baseline.latents))
+        if full_precision is not None:
+            originals = (np.array(each[chosen]) for each in (full_precision.images, full_precision.latents))
             judged |= paired(batch.images, batch.latents, *originals, self.device)
         if self.clip:
             judged["clip_score"] = self.clip.scores(batch.images, self.prompts[chosen])
-        if baseline is None or self.args.keep_samples:
+        if full_precision is None or self.args.keep_samples:
             judged["images"] = batch.images
-        if baseline is None:
+        if full_precision is None:
             judged["latents"] = batch.latents.numpy()
         return judged
