@@ -74,7 +74,7 @@ def built(args, bits):
     """{(bits, name): file} of the configurations that are built at a size."""
     folder = args.outdir / f"{bits:.4g}_bits"
     sources = {f"predictor {path.stem}": path for path in args.predictors} | {"without labels": "none"}
-    return {(bits, name): build(args, folder / f"{Path(labels).stem}.pkl", labels, bits) for name, labels in sources.items()}
+    return {(bits, name): build(args, folder / f"{Path(scores).stem}.pkl", scores, bits) for name, scores in sources.items()}
 
 
 def at_size(args, space, slots, bits):
@@ -87,10 +87,10 @@ def at_size(args, space, slots, bits):
     return built(args, bits) | others
 
 
-def build(args, path, labels, bits):
+def build(args, path, scores, bits):
     command = ["build_config.py", "--family", args.family, "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
     if not path.exists():
-        run([*command, "--labels", labels, "--avg_bits", bits, "--output", path])
+        run([*command, "--scores", scores, "--avg_bits", bits, "--output", path])
     return path
 
 

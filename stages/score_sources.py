@@ -48,7 +48,11 @@ def parser_of(stage, description, argv=None):
     parser.prog = f"{stage}.py"
     parser.add_argument("--family", choices=list(FAMILIES), required=True)
     parser.add_argument(
-        "--labels", required=True, help="predictor of train_predictor.py, or `none`: ask the denoiser itself"
+        "--scores",
+        "--labels",  # as it was called
+        required=True,
+        metavar="PREDICTOR",
+        help="predictor of train_predictor.py, or `none`: ask the denoiser itself",
     )
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
     parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
@@ -67,9 +71,9 @@ def parse(parser, family):
 
 
 def load_scores(args, family, avg_bits=None):
-    """The scores that --labels asks for; InputError if no configuration is within `avg_bits`, if given."""
-    if args.labels != "none":
-        return learned(Path(args.labels), family, avg_bits)
+    """The scores that --scores asks for; InputError if no configuration is within `avg_bits`, if given."""
+    if args.scores != "none":
+        return learned(Path(args.scores), family, avg_bits)
     from autobuild.scores import MeasuredScores
 
     return MeasuredScores(*measured(args, family, avg_bits))
@@ -162,7 +166,7 @@ def read_measured(args):
         return {}
     kept = load_checkpoint(args.sensitivity)
     if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and are_measured(kept["weights"])):
-        raise InputError(f"{args.sensitivity}: is not what --labels none was told; give another --sensitivity")
+        raise InputError(f"{args.sensitivity}: is not what --scores none was told; give another --sensitivity")
     for flag, value in flags_of(args).items():
         if kept["flags"].get(flag) != value:
             raise InputError(

@@ -15,7 +15,7 @@ from quant.files import check_writable
 from stages import build_config, plot_insights, q_config, sampling, score_sources
 from stages.labelling import eval_random
 
-NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
+NONE = ("--model_id", "embedded", "--scores", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_labelling_by_prompts(flags, message, tiny_mq, tmp_path, run_script, not
         (build_config, ("--multi_chkpt", "{bad}/part.pt"), "part.pt: 1 of 201 layers are missing"),
         (build_config, ("--avg_bits", "2"), "--avg_bits 2: the smallest configuration of dit has"),
         (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
-        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --labels none was told"),
+        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --scores none was told"),
         (build_config, ("--sensitivity", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{root}/README.md/c.pkl"), "c.pkl: cannot be written"),
