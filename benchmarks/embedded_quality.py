@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from evaluation import fid
 from evaluation.constant_images import is_constant, say_constant
-from models.drawing import generate
+from models.drawing import BatchSize, SamplingSettings, generate
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
 from models.embedded.judge import DigitFeatures, digit_reference_folder
@@ -45,9 +45,7 @@ def prompts_and_answers(family, count, num_prompts):
 def make_pictures(sampler, prompts, seed, guidance, batch_size=None):
     """Pictures (uint8 [N, 64, 64, 3]) of the prompts, each from its own noise."""
     row = sampler.family.embedded
-    settings = argparse.Namespace(
-        seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=batch_size or row.batch_size
-    )
+    settings = SamplingSettings(seed, row.steps, guidance, row.resolution, BatchSize(batch_size or row.batch_size))
     pictures = generate(sampler, prompts, settings, "pictures")
     say_constant("pictures", is_constant(pictures))
     return pictures

@@ -22,6 +22,7 @@ from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, layers, multiquantizer
 from quant.files import save_png
+from stages.labelling import eval_random
 from stages.labelling.labeller import Job, make_extractor
 from stages.labelling.labelling_run import LabellingRun
 from stages.labelling.stopwatch import Stopwatch
@@ -29,19 +30,13 @@ from stages.labelling.workers import StoredPrompts, ThisProcess, start_workers
 from stages.sampling import load_for, prompts_for
 
 
-def job_of(args, folder):
-    """The labelling run that `<family>_eval_random.py --model_id embedded` makes of these flags."""
+def job_of(args, folder, *more):
+    """The labelling run that `<family>_eval_random.py --model_id embedded` makes of these flags, and `more` of its own."""
     family = FAMILIES[args.family]
-    row = family.embedded
-    flags = argparse.Namespace(
-        **{"model_id": "embedded", "refiner_id": None, "outdir": folder / "labels", "multi_chkpt": folder / "mq.pt"},
-        **{"seed": 42, "num_archs": args.num_archs, "n_imgs": args.n_imgs, "batch_size": args.batch_size},
-        **{"steps": row.steps, "guidance": row.label_guidance, "res": None if family.num_classes else row.resolution},
-        **{"a_l": 0.0, "a_u": 1.0, "published_noise": False, "keep_samples": False, "clip_score": False},
-        **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None, "device": None, "q_config": []},
-        **{"scheduler": None, "negative_prompt": None, "vae_tiling": None, "offload": "none", "budget_images": []},
-        **{"dtype": None, "lora": [], "lora_key": None, "num_classes": row.num_classes if family.num_classes else 0},
-    )
+    flags = ["--model_id", "embedded", "--outdir", folder / "labels", "--multi_chkpt", folder / "mq.pt"]
+    flags += ["--num_archs", args.num_archs, "--n_imgs", args.n_imgs, "--batch_size", args.batch_size]
+    flags += ["--no_refiner"] if family.refiner else []
+    flags = eval_random.parse_args(family, [str(each) for each in (*flags, *more)])
     return Job(args.family, flags, prompts_for(flags, family))
 
 
@@ -81,10 +76,9 @@ def label_as_published(job, device, folder):
     return fids, time.perf_counter() - start
 
 
-def label_by_workers(job, device, reference, count):
-    """Seconds in which so many workers, once started, label the configurations; the bytes of their labels."""
-    args = argparse.Namespace(**vars(job.args) | {"workers": count, "outdir": job.args.outdir.with_name(f"labels_{count}")})
-    job, watch = job._replace(args=args), Stopwatch(device)
+def label_by_workers(job, device, reference):
+    """Seconds in which the job's workers, once started, label the configurations; the bytes of their labels."""
+    watch = Stopwatch(device)
     with start_workers(job, device, make_extractor(job, device), watch) as workers:
         labelling = LabellingRun(job, workers, reference, watch)
         labelling.measure_full_precision()
@@ -111,7 +105,10 @@ def main():
         reference = fid.reference_statistics(digit_reference_folder(), make_extractor(job, device), device)
         ours, seconds, in_denoiser = label_ours(job, device, reference)
         published, published_seconds = label_as_published(job, device, Path(temporary) / "png")
-        by_workers = {count: label_by_workers(job, device, reference, count) for count in args.workers}
+        by_workers = {}
+        for count in args.workers:
+            shared = job_of(args, Path(temporary), "--workers", count, "--outdir", Path(temporary) / f"labels_{count}")
+            by_workers[count] = label_by_workers(shared, device, reference)
     images = args.n_imgs * (args.num_archs + 1)
     result = {
         "family": args.family,

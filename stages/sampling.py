@@ -7,6 +7,7 @@ from pathlib import Path
 import constants
 from errors import InputError
 from models import schedulers
+from models.drawing import BatchSize, SamplingSettings
 from models.embedded.captions import subject_prompts
 from models.facts import native_pixels, num_classes, open_model, own_scheduler
 from models.lora import open_lora
@@ -95,13 +96,13 @@ def resolution(text):
     return height if height == width else f"{height}x{width}"
 
 
-def parse_sampling(parser, family, guidance="guidance"):
+def parse_sampling(parser, family, guidance="guidance", argv=None):
     """The parsed flags, those left out filled from what is known of the model.
 
     That is the family's row (guidance in the column named) for its own model and the embedded one; another model's native
     size, and few steps without guidance if its sampler is that of a distilled model.
     """
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     family = in_precision(family, args.dtype)
     row = defaults(family, args.model_id)
     args.batch_size = args.batch_size or row.batch_size
@@ -191,6 +192,19 @@ def prompts_for(args, family):
     if args.prompts is None and is_embedded(family, args.model_id):
         return [caption for _, caption in subject_prompts(args.n_imgs)]
     return prompt_files.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
+
+
+def settings_of(args, hand_over=None):
+    """The SamplingSettings that the flags ask for; `hand_over` is the share of the steps to take, before a refiner's."""
+    return SamplingSettings(
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        res=args.res,
+        batch_size=BatchSize(args.batch_size),
+        published_noise=getattr(args, "published_noise", False),
+        hand_over=hand_over,
+    )
 
 
 def extras_of(args):

@@ -10,7 +10,7 @@ from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import multiquantizer
 from quant.files import remove_leftovers, save_text
-from stages import prompt_files, q_config
+from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.labelling import successive_halving
 from stages.labelling.forecast import check_disk
@@ -23,23 +23,34 @@ from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
 from stages.sampling import add_sampling_flags, check_sampling, parse_sampling, prompts_for
 
+SETTINGS = "sampling_config.yaml"
+
 
 def main(family):
     args = parse_args(family)
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     check_first(args, family, device)
-    if args.reference is None:
-        embedded = is_embedded(family, args.model_id)
-        args.reference = digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
-    args.reference_key = fid.folder_key(args.reference, times=False)
-    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
-    image_prompts = prompts_for(args, family)
-    args.prompts_key = prompt_files.key(image_prompts)
-    args.halving_key = f"{args.budget_images} of {args.num_archs}" if args.budget_images else None
+    reference = reference_folder(args, family)
+    job = Job(family.name, args, prompts_for(args, family))
+    flags = vars(args) | {
+        "reference": reference,
+        "reference_key": fid.folder_key(reference, times=False),
+        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "prompts_key": job.prompts_key,
+        "halving_key": f"{args.budget_images} of {args.num_archs}" if args.budget_images else None,
+    }
     with only_run_in(args.outdir):
         remove_leftovers(args.outdir)
-        run(family, args, device, image_prompts)
+        run(job, flags, device)
+
+
+def reference_folder(args, family):
+    """The folder of real images that the flags ask for."""
+    if args.reference is not None:
+        return args.reference
+    embedded = is_embedded(family, args.model_id)
+    return digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
 
 
 def check_first(args, family, device):
@@ -53,37 +64,37 @@ def check_first(args, family, device):
         load_clip(args.clip_model)
 
 
-def run(family, args, device, image_prompts):
-    settings = args.outdir / "sampling_config.yaml"
-    check_same_run(args, settings)
+def run(job, flags, device):
+    """Label as the job says. `flags` {name: value} are its flags and keys of what they name: what labels depend on."""
+    args = job.args
+    check_same_run(flags, args.outdir)
     start_log(args.outdir)
-    check_disk(args, family, device)
+    check_disk(args, job.family, device)
     with notes_in_run_log(args.outdir):
-        rows, full_precision = label(args, settings, Job(family.name, args, image_prompts), device)
+        rows, full_precision = label(job, flags, device)
     table = "\n".join(results_table(rows, full_precision))
     save_text(table + "\n", args.outdir / "results.txt")
     log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 
-def label(args, settings, job, device):
+def label(job, flags, device):
     """(rows of all configurations, full precision's)."""
     # The reference first, in case it fails.
     extractor = make_extractor(job, device)
-    reference = fid.reference_statistics(args.reference, extractor, device)
-    args.reference_images = reference.images
+    reference = fid.reference_statistics(flags["reference"], extractor, device)
     watch = Stopwatch(device)
     with start_workers(job, device, extractor, watch) as workers:
         try:
             labelling = LabellingRun(job, workers, reference, watch)
-            save_settings(args, settings)
+            save_settings(flags | {"reference_images": reference.images}, job.args.outdir / SETTINGS)
             full_precision = labelling.measure_full_precision()
             log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
-            return labelling.label(successive_halving.survivors(labelling, args)), full_precision
+            return labelling.label(successive_halving.survivors(labelling, job.args)), full_precision
         finally:
             log.info("where the time went\n%s", "\n".join(watch.table()))
 
 
-def parse_args(family):
+def parse_args(family, argv=None):
     parser = parser_for(family, "eval_random", "label random quantization configurations with FID")
     parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_random_seed42"), help="folder of the results")
     parser.add_argument("--num_archs", type=at_least(1), default=500, help="configurations to label")
@@ -118,7 +129,7 @@ def parse_args(family):
         parser.add_argument("--clip_score", action="store_true", help="label with the CLIP score too")
         parser.add_argument("--clip_model", default=CLIP_MODEL, help="CLIP of --clip_score: Hub id or local folder")
     add_sampling_flags(parser, family)
-    args = parse_sampling(parser, family, guidance="label_guidance")
+    args = parse_sampling(parser, family, guidance="label_guidance", argv=argv)
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
     successive_halving.check(args)
@@ -127,18 +138,18 @@ def parse_args(family):
     return args
 
 
-def check_same_run(args, settings):
+def check_same_run(flags, outdir):
     """Refuse to mix labels made under other flags into one cache."""
-    rows = quant_cache.load(args.outdir / "quant_cache.pkl")
+    rows, settings = quant_cache.load(outdir / "quant_cache.pkl"), outdir / SETTINGS
     if not settings.exists():
         if rows:
-            raise InputError(f"{args.outdir}: has labels but no {settings.name} that says how they were made")
+            raise InputError(f"{outdir}: has labels but no {settings.name} that says how they were made")
         return
     before = read_settings(settings)
     for flag in LABEL_FLAGS:
-        if before.get(flag) != getattr(args, flag, None):
+        if before.get(flag) != flags.get(flag):
             raise InputError(
-                f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag, None)}; "
+                f"{outdir}: its labels were made with {flag} {before.get(flag)}, not {flags.get(flag)}; "
                 "give the same flags to go on, or another --outdir"
             )
 

@@ -17,10 +17,10 @@ from models.embedded.judge import DigitFeatures
 from models.families import FAMILIES
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config, layers, multiquantizer
-from stages import q_config
+from stages import prompt_files, q_config
 from stages.common import in_precision
 from stages.labelling.stopwatch import Stopwatch
-from stages.sampling import encode_for, load_encoded
+from stages.sampling import encode_for, load_encoded, settings_of
 
 
 class Job(NamedTuple):
@@ -33,6 +33,10 @@ class Job(NamedTuple):
     @property
     def family(self):
         return in_precision(FAMILIES[self.family_name], self.args.dtype)
+
+    @property
+    def prompts_key(self):
+        return prompt_files.key(self.prompts)
 
 
 class Task(NamedTuple):
@@ -83,6 +87,7 @@ class Labeller:
 
     def __init__(self, job, device, embeddings, extractor=None):
         self.args, self.family, self.prompts, self.device = job.args, job.family, job.prompts, device
+        self.settings = settings_of(job.args)
         self.extractor = extractor or make_extractor(job, device)
         self.clip = ClipScore(*load_clip(self.args.clip_model), device) if self.args.clip_score else None
         self.watch = Stopwatch(device)
@@ -128,7 +133,8 @@ class Labeller:
         with self.watch.phase("quantize"):
             self.put(task.index)
         with self.judges() as judge, self.watch.phase("denoise"):
-            batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
+            numbers = task.name, task.first, task.last
+            batches = generate_batches(self.sampler, self.prompts, self.settings, *numbers, show=False)
             judged = [judge.submit(self.judge, batch, full_precision) for batch in self.told(batches)]
             with self.watch.phase("features"):
                 judged = [each.result() for each in judged]

@@ -69,7 +69,7 @@ class StoredPrompts:
         args = job.args
         self.needed = not job.family.num_classes
         self.path = args.outdir / "prompt_embeddings.pt"
-        names = (args.model_id, getattr(args, "refiner_id", None), args.prompts_key, args.guidance)
+        names = (args.model_id, getattr(args, "refiner_id", None), job.prompts_key, args.guidance)
         more = (args.negative_prompt, args.dtype, args.lora_key)
         self.key = " ".join(map(str, (*names, *more) if any(more) else names))
 

@@ -1,7 +1,6 @@
 """What flags and small files tell to be wrong is told before a model, or the reference, is read."""
 
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,12 +122,11 @@ def test_without_labels_by_prompts(tiny_mq, run_script, nothing_is_loaded):
 @pytest.mark.parametrize("flag", ["prompts_key", "hand_over", "lora_key", "scheduler", "multiquantizer_key", "guidance"])
 def test_sensitivities_measured_otherwise_are_refused(tmp_path, flag):
     measured = {"a": (torch.zeros(6), torch.zeros(6, 4))}
-    args = SimpleNamespace(**dict.fromkeys(score_sources.FLAGS, 1), sensitivity=tmp_path / "said.pt")
-    torch.save({"flags": dict.fromkeys(score_sources.FLAGS, 1), "weights": measured}, args.sensitivity)
-    assert list(score_sources.read_measured(args)) == ["a"]
-    setattr(args, flag, 2)
+    flags, path = dict.fromkeys(score_sources.FLAGS, 1), tmp_path / "said.pt"
+    torch.save({"flags": flags, "weights": measured}, path)
+    assert list(score_sources.read_measured(path, flags)) == ["a"]
     with pytest.raises(InputError, match=f"was measured with {flag} 1, not 2; give another --sensitivity"):
-        score_sources.read_measured(args)
+        score_sources.read_measured(path, flags | {flag: 2})
 
 
 def test_a_file_that_can_be_written(tmp_path):
