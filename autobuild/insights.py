@@ -48,16 +48,16 @@ def subgraph_of(unit):
     return SUBGRAPHS.get(name, name)
 
 
-def draw_all(space, weight_scores, parts, codes, title, outdir):
-    """All pictures and tables; `parts` are the units', in order, `codes` [W] of the configuration. Returns the paths."""
+def draw_all(space, weight_scores, decisions, codes, title, outdir):
+    """All pictures and tables; `decisions` are the units', in order, `codes` [W] of the configuration. Returns the paths."""
     weights = space.graph.weights
     by_block, by_operation, by_subgraph = {}, {}, {}
     for node, scores in zip(weights, weight_scores, strict=True):
         known = scores[np.isfinite(scores)]
         by_block.setdefault(block_of(node), []).extend(known)
         by_operation.setdefault(node.layer_type, []).extend(known)
-    for unit, part in zip(space.units, parts, strict=True):
-        by_subgraph.setdefault(subgraph_of(unit), []).extend(part.scores)
+    for unit, decision in zip(space.units, decisions, strict=True):
+        by_subgraph.setdefault(subgraph_of(unit), []).extend(decision.scores)
     chosen = {}
     for node, code in zip(weights, codes, strict=True):
         chosen.setdefault(node.layer_type, []).append(NAMES[code])

@@ -14,10 +14,10 @@ FORMAT, VERSION = "qua2sedimo predictor", 1
 ARRAYS = ("fp_bytes", "size_bytes", "errors")
 
 
-def key_of(space, task):
+def key_of(space, setup):
     """Says what a training run learns from and how: runs with the same one go on from each other's folds."""
-    said = hashlib.sha256(f"{space.family} {task.loss} {task.epochs} {task.seed}".encode())
-    for array in (task.codes, task.targets, *(getattr(space, name) for name in ARRAYS)):
+    said = hashlib.sha256(f"{space.family} {setup.loss} {setup.epochs} {setup.seed}".encode())
+    for array in (setup.codes, setup.targets, *(getattr(space, name) for name in ARRAYS)):
         said.update(np.ascontiguousarray(array).tobytes())
     return said.hexdigest()[:32]
 

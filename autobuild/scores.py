@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from autobuild.predictor import WIDTH, GraphTensors, load_predictor, one_thread
-from autobuild.search import best_within, make_part, parts_of_weights, shortest_sum, variants
+from autobuild.search import best_within, decisions_of_weights, make_decision, shortest_sum, variants
 
 
 class LearnedScores:
@@ -27,23 +27,23 @@ class LearnedScores:
 
     def best_within(self, avg_bits):
         """Codes [W] of the best prediction with at most so many average bits."""
-        return best_within(self.space, self.parts(), avg_bits)
+        return best_within(self.space, self.decisions(), avg_bits)
 
-    def parts(self):
+    def decisions(self):
         """The units, each variant with what it adds to the predicted target, but for a constant: mean over folds."""
-        return self._parts(as_published=False)
+        return self._decisions(as_published=False)
 
-    def published_parts(self):
+    def published_decisions(self):
         """The units with the paper's scores."""
-        return self._parts(as_published=True)
+        return self._decisions(as_published=True)
 
-    def _parts(self, as_published):
+    def _decisions(self, as_published):
         with one_thread():
             units = tqdm(self.space.units, desc="subgraphs", unit="subgraph", leave=False)
-            return [self._part(unit, as_published) for unit in units]
+            return [self._decision(unit, as_published) for unit in units]
 
     @torch.no_grad()
-    def _part(self, unit, as_published):
+    def _decision(self, unit, as_published):
         weights = np.array([self.space.place[node] for node in unit.weights])
         codes = variants(self.space, weights)
         scores = torch.zeros(len(codes))
@@ -55,7 +55,7 @@ class LearnedScores:
             each = predictor.contributions(0, self.alone[number][weights, codes].sum(dim=1))
             each = each + (predictor.contributions(unit.hops, damage) if unit.hops else 0)
             scores += each / len(self.predictors)
-        return make_part(self.space, weights, codes, scores.numpy())
+        return make_decision(self.space, weights, codes, scores.numpy())
 
     def _damage(self, number, unit):
         """Damage [V] of a unit's variants, in the order of `variants`, by predictor `number`.
@@ -119,13 +119,13 @@ class MeasuredScores:
 
     def best_within(self, avg_bits):
         """Codes [W] of the shortest sum of shifts that is found with at most so many average bits."""
-        first = best_within(self.space, parts_of_weights(self.space, -self.changes), avg_bits)
+        first = best_within(self.space, decisions_of_weights(self.space, -self.changes), avg_bits)
         return shortest_sum(self.space, self.shifts, first, avg_bits)
 
-    def published_parts(self):
+    def published_decisions(self):
         """The units, a variant's score the sum of its weights'."""
-        return [self._part(np.array([self.space.place[node] for node in unit.weights])) for unit in self.space.units]
+        return [self._decision(np.array([self.space.place[node] for node in unit.weights])) for unit in self.space.units]
 
-    def _part(self, weights):
+    def _decision(self, weights):
         codes = variants(self.space, weights)
-        return make_part(self.space, weights, codes, -self.changes[weights, codes].sum(axis=1))
+        return make_decision(self.space, weights, codes, -self.changes[weights, codes].sum(axis=1))

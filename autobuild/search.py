@@ -1,6 +1,6 @@
-"""From scores to a configuration: the best of each part by itself, or the best whole within a size.
+"""From scores to a configuration: the best of each decision by itself, or the best whole within a size.
 
-A part is what is chosen together: a unit of the graph with all combinations of its weights' methods, or one weight.
+A decision is what is chosen together: a unit of the graph with all combinations of its weights' methods, or one weight.
 Its scores add up to a configuration's, so the best one under a size is a multiple-choice knapsack, solved exactly. Shifts
 of the denoiser's output add up as vectors; the shortest sum of those is sought from there by exchanges.
 """
@@ -20,7 +20,7 @@ UNITS = 1e4  # in which it counts the spare bytes: its tolerance is a millionth 
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Decision:
     weights: np.ndarray  # [K] numbers of the weights that are chosen together
     codes: np.ndarray  # [V, K] their methods in each variant
     sizes: np.ndarray  # [V] bytes
@@ -32,41 +32,41 @@ def variants(space, weights):
     return np.array(list(itertools.product(*(np.flatnonzero(space.is_known[weight]) for weight in weights))))
 
 
-def make_part(space, weights, codes, scores):
+def make_decision(space, weights, codes, scores):
     weights = np.asarray(weights)
-    return Part(weights, codes, space.size_bytes[weights, codes].sum(axis=1), np.asarray(scores, dtype=np.float64))
+    return Decision(weights, codes, space.size_bytes[weights, codes].sum(axis=1), np.asarray(scores, dtype=np.float64))
 
 
-def parts_of_weights(space, scores):
-    """A part for each weight, of scores [W, M]."""
+def decisions_of_weights(space, scores):
+    """A decision for each weight, of scores [W, M]."""
     places = range(len(space.keys))
-    return [make_part(space, [w], codes := variants(space, [w]), scores[w, codes[:, 0]]) for w in places]
+    return [make_decision(space, [w], codes := variants(space, [w]), scores[w, codes[:, 0]]) for w in places]
 
 
-def top_one(space, parts):
-    """Codes [W] of each part's best variant, whatever its size (Mills et al., 2025); of equals the smallest."""
+def top_one(space, decisions):
+    """Codes [W] of each decision's best variant, whatever its size (Mills et al., 2025); of equals the smallest."""
     codes = np.zeros(len(space.keys), dtype=int)
-    for part in parts:
-        codes[part.weights] = part.codes[np.lexsort((part.sizes, -part.scores))[0]]
+    for decision in decisions:
+        codes[decision.weights] = decision.codes[np.lexsort((decision.sizes, -decision.scores))[0]]
     return codes
 
 
-def best_within(space, parts, avg_bits):
+def best_within(space, decisions, avg_bits):
     """Codes [W] with the largest total score of all with at most `avg_bits` average bits.
 
-    InputError if even the smallest configuration has more. Variants that another of their part beats in score at no
-    more bytes are left out first; a mixed-integer solver (HiGHS) takes one of the rest for each part.
+    InputError if even the smallest configuration has more. Variants that another of their decision beats in score at no
+    more bytes are left out first; a mixed-integer solver (HiGHS) takes one of the rest for each decision.
     """
-    spare = spare_bytes(space, avg_bits, sum(part.sizes.min() for part in parts))
-    kept = [undominated(part) for part in parts]
+    spare = spare_bytes(space, avg_bits, sum(decision.sizes.min() for decision in decisions))
+    kept = [undominated(decision) for decision in decisions]
     chosen = _solve(
-        [part.scores[each] - part.scores.max() for part, each in zip(parts, kept, strict=True)],
-        [part.sizes[each] - part.sizes.min() for part, each in zip(parts, kept, strict=True)],
+        [decision.scores[each] - decision.scores.max() for decision, each in zip(decisions, kept, strict=True)],
+        [decision.sizes[each] - decision.sizes.min() for decision, each in zip(decisions, kept, strict=True)],
         spare,
     )
     codes = np.zeros(len(space.keys), dtype=int)
-    for part, each, variant in zip(parts, kept, chosen, strict=True):
-        codes[part.weights] = part.codes[each[variant]]
+    for decision, each, variant in zip(decisions, kept, chosen, strict=True):
+        codes[decision.weights] = decision.codes[each[variant]]
     return codes
 
 
@@ -132,7 +132,7 @@ class Exchanges:
 
 
 def _solve(scores, sizes, limit):
-    """The number of one variant of each part: the largest sum of scores at a sum of sizes of at most `limit`."""
+    """The number of one variant of each decision: the largest sum of scores at a sum of sizes of at most `limit`."""
     numbers = np.concatenate([np.full(len(each), number) for number, each in enumerate(scores)])
     scores, sizes = np.concatenate(scores), np.concatenate(sizes)
     unit = max(limit, 1) / UNITS
@@ -154,8 +154,8 @@ def _solve(scores, sizes, limit):
     return chosen
 
 
-def undominated(part):
+def undominated(decision):
     """Numbers of the variants that no other beats in score at no more bytes, smallest first."""
-    order = np.lexsort((-part.scores, part.sizes))
-    before = np.maximum.accumulate(np.concatenate([[-np.inf], part.scores[order][:-1]]))
-    return order[part.scores[order] > before]
+    order = np.lexsort((-decision.scores, decision.sizes))
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], decision.scores[order][:-1]]))
+    return order[decision.scores[order] > before]

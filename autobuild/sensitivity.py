@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from errors import InputError
-from evaluation.images import in_batches, noise_generators
+from models.drawing import in_batches, noise_generators
 from models.inputs import map_tensors
 from models.listening import Taken, answering_once, overheard, stopping
 
@@ -42,13 +42,12 @@ class Recording(NamedTuple):
 def record_calls(sampler, prompts, settings, count):
     """The denoiser's calls at `count` steps, evenly spaced, of the prompts' way from noise to latents.
 
-    `settings` has seed, steps, guidance, res, batch_size and, if it likes, hand_over, the share of the steps before a
-    refiner's. Nothing is decoded, and nothing drawn beyond the last of those steps.
+    `settings` are SamplingSettings. Nothing is decoded, and nothing drawn beyond the last of those steps.
     """
     calls, lengths, device = rehearse(sampler, prompts[0], settings)
     chosen = np.unique(np.linspace(0, calls - 1, count).round().astype(int)).tolist()
     take = functools.partial(take_calls, sampler, prompts, settings, chosen)
-    batches = list(in_batches(take, range(len(prompts)), settings))
+    batches = list(in_batches(take, range(len(prompts)), settings.batch_size))
     return Recording(list(zip(*batches, strict=True)), lengths, device)
 
 
@@ -101,7 +100,7 @@ def draw(sampler, prompts, indices, settings):
     """Take the pipeline through its steps from noise to latents, of the images with the numbers `indices`."""
     call = sampler.arguments(prompts, settings.res)
     call |= {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "output_type": "latent"}
-    if getattr(settings, "hand_over", None):
+    if settings.hand_over:
         call["denoising_end"] = settings.hand_over
     # Some pipelines decode whatever they are asked for.
     with contextlib.suppress(Taken), stopping(sampler.pipeline.vae, "decode"):
@@ -117,10 +116,10 @@ def _kept(tensor):
 
 
 class Probe:
-    """Asks a denoiser the same again, `settings.batch_size` images at a time: tells how its guided output has shifted."""
+    """Asks a denoiser the same again, a BatchSize of images at a time: tells how its guided output has shifted."""
 
-    def __init__(self, denoiser, recording, settings):
-        self.denoiser, self.recording, self.settings = denoiser, recording, settings
+    def __init__(self, denoiser, recording, batch_size):
+        self.denoiser, self.recording, self.batch_size = denoiser, recording, batch_size
         self.guidance = [guidance_weights(calls) for calls in recording.steps]
         self.together = None  # images that `before` was asked with
         self._ask_before()
@@ -133,7 +132,7 @@ class Probe:
         """
         put(method)
         after = self._ask()
-        if self.settings.batch_size != self.together:
+        if self.batch_size.images != self.together:
             put(None)
             self._ask_before()
             return self.shift(put, method)
@@ -141,8 +140,8 @@ class Probe:
         return float(shifts.double().square().sum()), sketch(shifts)
 
     def _ask_before(self):
-        while self.together != self.settings.batch_size:  # it may be halved meanwhile
-            self.together = self.settings.batch_size
+        while self.together != self.batch_size.images:  # it may be halved meanwhile
+            self.together = self.batch_size.images
             self.before = self._ask()
 
     @torch.no_grad()
@@ -152,7 +151,7 @@ class Probe:
         for calls, weights in zip(self.recording.steps, self.guidance, strict=True):
             for call in calls:
                 answer = functools.partial(self._answer, call, weights)
-                answers += in_batches(answer, range(len(call.guided)), self.settings)
+                answers += in_batches(answer, range(len(call.guided)), self.batch_size)
         return torch.cat(answers)
 
     def _answer(self, call, weights, indices):

@@ -27,7 +27,7 @@ HELD_OUT = 8  # one of so many training rows tells when to stop
 PATIENCE = 15  # epochs without a better one
 
 
-class Task(NamedTuple):
+class TrainingSetup(NamedTuple):
     """What all folds learn from."""
 
     tensors: GraphTensors
@@ -52,19 +52,19 @@ def split(count, seed):
     return np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
 
 
-def train_fold(task, number, tell=lambda: None):
+def train_fold(setup, number, tell=lambda: None):
     """Train fold `number`; `tell` is called after each epoch."""
-    torch.manual_seed(task.seed + number)
-    rng = np.random.default_rng([task.seed, number])
-    test = split(len(task.targets), task.seed)[number]
-    rest = rng.permutation(np.setdiff1d(np.arange(len(task.targets)), test))
+    torch.manual_seed(setup.seed + number)
+    rng = np.random.default_rng([setup.seed, number])
+    test = split(len(setup.targets), setup.seed)[number]
+    rest = rng.permutation(np.setdiff1d(np.arange(len(setup.targets)), test))
     held_out, train = np.split(rest, [len(rest) // HELD_OUT])
-    mean, std = task.targets[train].mean(), task.targets[train].std() + 1e-12
-    codes, targets = torch.from_numpy(task.codes), torch.from_numpy((task.targets - mean) / std).float()
-    predictor = Predictor(task.tensors)
+    mean, std = setup.targets[train].mean(), setup.targets[train].std() + 1e-12
+    codes, targets = torch.from_numpy(setup.codes), torch.from_numpy((setup.targets - mean) / std).float()
+    predictor = Predictor(setup.tensors)
     predictor.note_damages(codes[train], BATCH, levels=True)
     best, waited, kept = np.inf, 0, None
-    for _ in _epochs(predictor, codes, targets, train, task, rng):
+    for _ in _epochs(predictor, codes, targets, train, setup, rng):
         tell()
         error = float(((predict(predictor, codes[held_out])[0] - targets[held_out]) ** 2).mean())
         waited += 1
@@ -82,7 +82,7 @@ def train_fold(task, number, tell=lambda: None):
     return Fold(predictor.state_dict(), test.tolist(), (predictions.double() * std + mean).tolist(), metrics)
 
 
-def _epochs(predictor, codes, targets, train, task, rng):
+def _epochs(predictor, codes, targets, train, setup, rng):
     """Train the predictor; yields after each epoch."""
     batches = np.array_split(np.arange(len(train)), max(1, len(train) // BATCH))
     factors, scale = [*predictor.embedding.factors.parameters()], [predictor.shares, predictor.bias]
@@ -95,13 +95,13 @@ def _epochs(predictor, codes, targets, train, task, rng):
         ]
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, task.epochs * len(batches))
-    for _ in range(task.epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, setup.epochs * len(batches))
+    for _ in range(setup.epochs):
         order = rng.permutation(train)
         for batch in batches:
             rows = torch.from_numpy(order[batch])
             predicted, levels = predictor(codes[rows])
-            ranking = sum(LOSSES[task.loss](scores, targets[rows]) for scores in levels.values()) / len(levels)
+            ranking = sum(LOSSES[setup.loss](scores, targets[rows]) for scores in levels.values()) / len(levels)
             loss = ((predicted - targets[rows]) ** 2).mean() + ranking
             optimizer.zero_grad()
             loss.backward()
@@ -124,15 +124,15 @@ def srcc(scores, targets):
     return float(np.nan_to_num(spearmanr(scores, targets)[0]))
 
 
-def train(task, keep=lambda number, fold: None, done=None):
+def train(setup, keep=lambda number, fold: None, done=None):
     """All folds {number: Fold}; `keep` is given each as it is done; those in `done` are not trained again."""
     folds = dict(done or {})
     left = [number for number in range(FOLDS) if number not in folds]
     context = multiprocessing.get_context("spawn")
     epochs = context.Value("l", 0)
     workers = max(1, min(len(left), os.cpu_count() or 1))
-    progress = tqdm(total=FOLDS * task.epochs, initial=len(folds) * task.epochs, desc=f"{FOLDS} folds", unit="epoch")
-    with progress, ProcessPoolExecutor(workers, context, _start, (task, epochs)) as pool:
+    progress = tqdm(total=FOLDS * setup.epochs, initial=len(folds) * setup.epochs, desc=f"{FOLDS} folds", unit="epoch")
+    with progress, ProcessPoolExecutor(workers, context, _start, (setup, epochs)) as pool:
         waiting = {pool.submit(_train_fold, number): number for number in left}
         while waiting:
             ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -140,14 +140,14 @@ def train(task, keep=lambda number, fold: None, done=None):
                 number = waiting.pop(each)
                 folds[number] = each.result()
                 keep(number, folds[number])
-            progress.update(epochs.value + (FOLDS - len(left)) * task.epochs - progress.n)
+            progress.update(epochs.value + (FOLDS - len(left)) * setup.epochs - progress.n)
     return folds
 
 
-def _start(task, epochs):
+def _start(setup, epochs):
     """Prepare a process that trains folds."""
-    global _task, _epochs_done
-    _task, _epochs_done = task, epochs
+    global _setup, _epochs_done
+    _setup, _epochs_done = setup, epochs
     torch.set_num_threads(1)
 
 
@@ -156,4 +156,4 @@ def _train_fold(number):
         with _epochs_done.get_lock():
             _epochs_done.value += 1
 
-    return train_fold(_task, number, tell)
+    return train_fold(_setup, number, tell)

@@ -82,15 +82,15 @@ def scoring(space):
     predictor = Predictor(GraphTensors(space))
     predictor.note_damages(torch.from_numpy(random_codes(space, NOTED)), NOTED, levels=True)
     start = time.perf_counter()
-    parts = LearnedScores(space, [predictor.state_dict()] * training.FOLDS).parts()
-    return {"scoring_seconds": time.perf_counter() - start, "variants": sum(len(part.codes) for part in parts)}
+    decisions = LearnedScores(space, [predictor.state_dict()] * training.FOLDS).decisions()
+    return {"scoring_seconds": time.perf_counter() - start, "variants": sum(len(decision.codes) for decision in decisions)}
 
 
 def training_seconds(space, count):
     codes = random_codes(space, count)
     targets = -space.errors[np.arange(len(space.keys)), codes].sum(axis=1)
     start = time.perf_counter()
-    training.train(training.Task(GraphTensors(space), codes, targets, "hybrid", EPOCHS, SEED))
+    training.train(training.TrainingSetup(GraphTensors(space), codes, targets, "hybrid", EPOCHS, SEED))
     return time.perf_counter() - start
 
 

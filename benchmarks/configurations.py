@@ -18,10 +18,11 @@ import numpy as np
 from autobuild import search
 from autobuild import space as spaces
 from benchmarks.machine import write_result
-from evaluation import jsonl, quant_cache
+from evaluation import quant_cache
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
+from stages.labelling import json_lines
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 POOL_SEED = 9000
@@ -73,23 +74,23 @@ def built(args, bits):
     """{(bits, name): file} of the configurations that are built at a size."""
     folder = args.outdir / f"{bits:.4g}_bits"
     sources = {f"predictor {path.stem}": path for path in args.predictors} | {"without labels": "none"}
-    return {(bits, name): build(args, folder / f"{Path(labels).stem}.pkl", labels, bits) for name, labels in sources.items()}
+    return {(bits, name): build(args, folder / f"{Path(scores).stem}.pkl", scores, bits) for name, scores in sources.items()}
 
 
 def at_size(args, space, slots, bits):
     """{(bits, name): file} of all configurations that are compared at a size."""
     folder = args.outdir / f"{bits:.4g}_bits"
-    by_error = search.best_within(space, search.parts_of_weights(space, -space.errors), bits)
+    by_error = search.best_within(space, search.decisions_of_weights(space, -space.errors), bits)
     config.save(space.configuration(by_error), folder / "weight_error.pkl")
     best = best_random(args, space, slots, bits, folder)
     others = {(bits, "weight error"): folder / "weight_error.pkl", (bits, f"best of {args.num_random} random"): best}
     return built(args, bits) | others
 
 
-def build(args, path, labels, bits):
+def build(args, path, scores, bits):
     command = ["build_config.py", "--family", args.family, "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
     if not path.exists():
-        run([*command, "--labels", labels, "--avg_bits", bits, "--output", path])
+        run([*command, "--scores", scores, "--avg_bits", bits, "--output", path])
     return path
 
 
@@ -121,7 +122,7 @@ def measure(args, name, seed, specs):
     command += ["--outdir", outdir, "--seed", seed, "--n_imgs", args.n_imgs]
     run([*command, *(["--workers", args.workers] if args.workers > 1 else []), "--q_config", *specs])
     rows = quant_cache.load(outdir / "quant_cache.pkl")
-    proxies = jsonl.load(outdir / "quant_proxies.jsonl")
+    proxies = json_lines.load(outdir / "quant_proxies.jsonl")
     return [row | line for row, line in zip(rows, proxies, strict=True)]
 
 

@@ -16,32 +16,28 @@ from tqdm import tqdm
 
 from benchmarks.machine import write_result
 from evaluation import fid
-from evaluation.images import noise_generators, save_png
-from evaluation.stopwatch import Stopwatch
+from models.drawing import noise_generators
+from models.embedded.judge import digit_reference_folder
 from models.families import FAMILIES
 from models.listening import timed
 from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
-from stages.eval_random import prompts_for
-from stages.labeller import Job, make_extractor
-from stages.labelling import Labelling
-from stages.sampling import load_for
-from stages.workers import StoredPrompts, ThisProcess, start_workers
+from quant.files import save_png
+from stages.labelling import eval_random
+from stages.labelling.labeller import Job, make_extractor
+from stages.labelling.labelling_run import LabellingRun
+from stages.labelling.stopwatch import Stopwatch
+from stages.labelling.workers import StoredPrompts, ThisProcess, start_workers
+from stages.sampling import load_for, prompts_for
 
 
-def job_of(args, folder):
-    """The labelling run that `<family>_eval_random.py --model_id embedded` makes of these flags."""
+def job_of(args, folder, *more):
+    """The labelling run that `<family>_eval_random.py --model_id embedded` makes of these flags, and `more` of its own."""
     family = FAMILIES[args.family]
-    row = family.embedded
-    flags = argparse.Namespace(
-        **{"model_id": "embedded", "refiner_id": None, "outdir": folder / "labels", "multi_chkpt": folder / "mq.pt"},
-        **{"seed": 42, "num_archs": args.num_archs, "n_imgs": args.n_imgs, "batch_size": args.batch_size},
-        **{"steps": row.steps, "guidance": row.label_guidance, "res": None if family.num_classes else row.resolution},
-        **{"a_l": 0.0, "a_u": 1.0, "published_noise": False, "keep_samples": False, "clip_score": False},
-        **{"prompts": None, "prompts_key": "", "workers": None, "ray_address": None, "device": None, "q_config": []},
-        **{"scheduler": None, "negative_prompt": None, "vae_tiling": None, "offload": "none", "budget_images": []},
-        **{"dtype": None, "lora": [], "lora_key": None, "num_classes": row.num_classes if family.num_classes else 0},
-    )
+    flags = ["--model_id", "embedded", "--outdir", folder / "labels", "--multi_chkpt", folder / "mq.pt"]
+    flags += ["--num_archs", args.num_archs, "--n_imgs", args.n_imgs, "--batch_size", args.batch_size]
+    flags += ["--no_refiner"] if family.refiner else []
+    flags = eval_random.parse_args(family, [str(each) for each in (*flags, *more)])
     return Job(args.family, flags, prompts_for(flags, family))
 
 
@@ -52,7 +48,7 @@ def label_ours(job, device, reference):
     denoiser = workers.labeller.sampler.denoiser
     encoding = watch.take().get("encode", 0.0)
     start = time.perf_counter()
-    labelling = Labelling(job, workers, reference, watch)
+    labelling = LabellingRun(job, workers, reference, watch)
     with timed(workers.labeller.watch, "denoiser", denoiser, "forward"):
         fids = [labelling.measure_full_precision()["FID-GT-1k"]]
         fids += [row["FID-GT-1k"] for row in labelling.label(list(labelling.indices))]
@@ -75,17 +71,16 @@ def label_as_published(job, device, folder):
             (image,) = sampler.images([prompt], generators, args.steps, args.guidance, args.res)
             save_png((image * 255).round().astype("uint8"), folder / f"{number:05d}.png")
         options = {"mode": "clean", "device": device, "custom_fn_resize": extractor.resize, "verbose": False}
-        reference = str(fid.digit_reference_folder())
+        reference = str(digit_reference_folder())
         fids.append(clean_fid.compare_folders(str(folder), reference, extractor.model, num_workers=0, **options))
     return fids, time.perf_counter() - start
 
 
-def label_by_workers(job, device, reference, count):
-    """Seconds in which so many workers, once started, label the configurations; the bytes of their labels."""
-    args = argparse.Namespace(**vars(job.args) | {"workers": count, "outdir": job.args.outdir.with_name(f"labels_{count}")})
-    job, watch = job._replace(args=args), Stopwatch(device)
+def label_by_workers(job, device, reference):
+    """Seconds in which the job's workers, once started, label the configurations; the bytes of their labels."""
+    watch = Stopwatch(device)
     with start_workers(job, device, make_extractor(job, device), watch) as workers:
-        labelling = Labelling(job, workers, reference, watch)
+        labelling = LabellingRun(job, workers, reference, watch)
         labelling.measure_full_precision()
         start = time.perf_counter()
         labelling.label(list(labelling.indices))
@@ -107,10 +102,13 @@ def main():
         job = job_of(args, Path(temporary))
         denoiser = load_denoiser(job.family, "embedded", device)
         multiquantizer.build(denoiser, job.family, job.args.multi_chkpt)
-        reference = fid.reference_statistics(fid.digit_reference_folder(), make_extractor(job, device), device)
+        reference = fid.reference_statistics(digit_reference_folder(), make_extractor(job, device), device)
         ours, seconds, in_denoiser = label_ours(job, device, reference)
         published, published_seconds = label_as_published(job, device, Path(temporary) / "png")
-        by_workers = {count: label_by_workers(job, device, reference, count) for count in args.workers}
+        by_workers = {}
+        for count in args.workers:
+            shared = job_of(args, Path(temporary), "--workers", count, "--outdir", Path(temporary) / f"labels_{count}")
+            by_workers[count] = label_by_workers(shared, device, reference)
     images = args.n_imgs * (args.num_archs + 1)
     result = {
         "family": args.family,

@@ -16,7 +16,7 @@ from autobuild.predictor import GraphTensors
 from autobuild.targets import evaluate
 from benchmarks import published_predictor
 from benchmarks.machine import write_result
-from stages import label_runs
+from stages.labelling import label_runs
 
 LABELS = Path(__file__).parents[1] / "labels"
 FID, CHANGE = "-1*log(FID-GT-1k)", "-1*log(feature_mse)"
@@ -63,8 +63,8 @@ def parse_args():
 
 def ours(known, rows, targets, loss):
     """Rank correlations of all folds."""
-    task = training.Task(GraphTensors(known), known.codes(rows), targets, loss, EPOCHS, SEED)
-    folds = training.train(task)
+    setup = training.TrainingSetup(GraphTensors(known), known.codes(rows), targets, loss, EPOCHS, SEED)
+    folds = training.train(setup)
     return [folds[number].metrics["srcc"] for number in range(training.FOLDS)]
 
 

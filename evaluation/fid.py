@@ -1,11 +1,10 @@
 """Frechet Inception distance (Heusel et al., 2017) between image folders, by clean-fid (Parmar et al., 2022).
 
-The embedded models are judged by a small digit classifier instead of the Inception network, through
-clean-fid's own hook for another feature extractor.
+Another extractor of features may take the Inception network's place, through clean-fid's own hook for it: an object with
+`name`, of what is cached; `resize`, of an image, None for clean-fid's own; and `model`, from a batch to its features.
 """
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import platform
@@ -26,10 +25,8 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from errors import InputError, first_line
+from evaluation.constant_images import is_constant, say_constant
 from evaluation.image_folder import folder_key, image_files, read_rgb
-from evaluation.images import is_constant, save_png, say_constant
-from models.embedded.classifier import load_classifier
-from models.embedded.digits import reference_pictures
 from quant.files import atomic_write, cache_folder
 
 log = logging.getLogger("qua2sedimo")
@@ -68,20 +65,6 @@ def _fetch_inception():
             f"{INCEPTION_FILE}: the Inception network, which FID needs, is not there and cannot be downloaded "
             f"({first_line(reason)}); put the file there, or try `--model_id embedded`, which needs no download"
         ) from None
-
-
-class DigitFeatures:
-    """The embedded digit classifier's 64 features of an image."""
-
-    def __init__(self, device):
-        classifier = load_classifier(device)
-        weights = b"".join(value.cpu().numpy().tobytes() for value in classifier.state_dict().values())
-        self.name = f"digits-{hashlib.sha256(weights).hexdigest()[:8]}"  # another training, other statistics
-        self.model = lambda batch: classifier.features(batch / 255)
-
-    @staticmethod
-    def resize(image):
-        return np.asarray(image, dtype=np.float32)
 
 
 def folder_features(folder, extractor, device, batch_size=64):
@@ -157,18 +140,3 @@ def _cached_statistics(path):
     with unusable, np.load(path, allow_pickle=False) as stored:
         return Reference(stored["mean"], stored["covariance"], int(stored["images"]))
     return None
-
-
-def digit_reference_folder():
-    """A folder with the real digits as PNG files, drawn on first use."""
-    pictures = reference_pictures()
-    digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
-    folder = cache_folder() / f"digits-{digest}"
-    complete = folder.with_name(f"{folder.name}.complete")  # beside it: in it are images alone
-    if not complete.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "complete").unlink(missing_ok=True)  # where it was in earlier versions
-        for index, picture in enumerate(pictures):
-            save_png(picture, folder / f"{index:04d}.png")
-        complete.touch()
-    return folder

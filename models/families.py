@@ -75,7 +75,7 @@ class Family:
     reference_images: str = "COCO_2017_IMAGES"  # name in constants.py of the folder FID compares with
     # Command line.
     aliases: tuple[tuple[str, str], ...] = ()  # (flag, another name for it)
-    parts: tuple[str, ...] = ()  # prefixes of module paths that --prefix may fit by themselves
+    prefixes: tuple[str, ...] = ()  # of module paths, that --prefix may fit by themselves
 
     @property
     def precision_bits(self):
@@ -167,7 +167,7 @@ FAMILIES = {
             fp_weights=2_565_880_320,
             num_layers=794,
             num_keys=803,
-            parts=("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+            prefixes=("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out"),
             embedded=Embedded(guidance=4.0, label_guidance=2.0),
         ),
         Family(

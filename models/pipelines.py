@@ -3,6 +3,7 @@
 Text encoders are loaded, asked and released before what draws is loaded: on a device that holds either, both need not fit.
 """
 
+import gc
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from models.components import TEXT_ENCODERS, component_class, explained, quiet_l
 from models.inputs import map_tensors, prompt_argument
 from models.listening import first_call, latents_taken, until_latents
 from models.single_file import SingleFile
-from quant.memory import return_free_memory
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -248,7 +248,8 @@ def _place_encoders(sampler, device):
         for pipeline in sampler.pipelines:
             pipeline.remove_all_hooks()
             pipeline.to("cpu")
-        return_free_memory()
+        gc.collect()  # a model and its layers refer to one another
+        torch.cuda.empty_cache()
         _place(sampler.pipelines, device, "sequential")
 
 

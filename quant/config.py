@@ -1,10 +1,5 @@
 """A quantization configuration: {key: method} for every weight slot of a denoiser."""
 
-import hashlib
-import math
-import re
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -14,7 +9,6 @@ from quant.files import load_pickle, save_pickle
 from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, fp_size_bytes, quantizer
 from quant.slots import WeightSlot, free_keys, tied_key
 
-ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
 UNIFORM = "uniform:"
 
 
@@ -75,22 +69,21 @@ def _is_known(method):
     return True
 
 
-def load(spec, slots):
-    """The checked configuration that `spec` names.
+def load(spec, slots, read=None):
+    """The checked configuration that `spec` names: a file `name.pkl` holding {key: method}, or `uniform:kmeans-4`.
 
-    `spec` is a file `name.pkl` holding {key: method}; a row of labelled results, `quant_cache.pkl:best`
-    (lowest FID) or `quant_cache.pkl:3` (the third); or `uniform:kmeans-4`.
+    `read` gives the content of other specifications than these, {key: method}; it is `read_file` by default.
     """
     spec = str(spec)
     if spec.startswith(UNIFORM):
         configuration = uniform(slots, spec.removeprefix(UNIFORM))
     else:
-        configuration = expand_ties(_from_file(spec), slots)
+        configuration = expand_ties((read or read_file)(spec), slots)
     check(configuration, slots, spec)
     return configuration
 
 
-def check_file(spec, entries, family):
+def check_file(spec, entries, family, read=None):
     """InputError if `load` is going to refuse what `spec` names for the denoiser of a multiquantizer's entries.
 
     They have all of its slots but those that share others' weights. None, where only weights tell them, are not asked.
@@ -101,7 +94,7 @@ def check_file(spec, entries, family):
         slots = _slots(entries or ["every weight"])
         configuration = uniform(slots, spec.removeprefix(UNIFORM))
     else:
-        configuration = _from_file(spec)
+        configuration = (read or read_file)(spec)
         slots = _slots(configuration if entries is None else entries)
         ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
         slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
@@ -123,56 +116,21 @@ def _slots(keys):
     return {key: WeightSlot(key, "", torch.Size(), key) for key in keys}
 
 
-def spec_key(spec):
-    """The specification and, of a file, what is in it."""
-    path = Path(str(spec).rpartition(":")[0] if ":" in str(spec) else str(spec))
-    return f"{spec} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else str(spec)
-
-
 def save(configuration, path):
     save_pickle(configuration, path)
 
 
-def _from_file(spec):
-    path, _, row = spec.rpartition(":")
-    if not path.endswith(".pkl"):
-        path, row = spec, None
-    content = load_pickle(path)
-    if isinstance(content, list):
-        content = _pick_row(content, path, row)
-    elif row is not None:
-        raise InputError(f"{spec}: {path} holds one configuration, not labelled rows; leave out :{row}")
+def read_file(path):
+    """{key: method} of the file at `path`, its keys and methods unchecked; InputError if it holds anything else."""
+    return methods_of(load_pickle(path), path)
+
+
+def methods_of(content, path):
+    """{key: method} of what was read from `path`: that itself, or a {key: [method, ...]} of labelled results."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: not a configuration {{key: method}}")
     # In a row of labelled results each value is [method, FP bytes, quantized bytes, error].
     return {key: value[0] if isinstance(value, list) and value else value for key, value in content.items()}
-
-
-def is_row(row):
-    """Whether `row`, read from a file, is a labelled configuration (see evaluation/quant_cache.py)."""
-    return (
-        isinstance(row, dict)
-        and all(isinstance(row.get(name), int | float) for name in ROW_NUMBERS)
-        and isinstance(row.get("config"), dict)
-        and all(isinstance(value, list) and len(value) == 4 for value in row["config"].values())
-    )
-
-
-def by_fid(row):
-    """Sorts rows by FID, those whose FID is not a number last."""
-    return math.isnan(row["FID-GT-1k"]), row["FID-GT-1k"]
-
-
-def _pick_row(rows, path, row):
-    if not rows or not all(is_row(r) for r in rows):
-        raise InputError(f"{path}: not a list of labelled configurations")
-    if row is None:
-        raise InputError(f"{path}: holds {len(rows)} labelled configurations; add :best or :<number> to choose one")
-    if row == "best":
-        return min(rows, key=by_fid)["config"]
-    if not re.fullmatch(r"[0-9]{1,9}", row) or not 1 <= int(row) <= len(rows):
-        raise InputError(f"{path}:{row}: no such row; it has rows 1 to {len(rows)}, and :best")
-    return rows[int(row) - 1]["config"]
 
 
 def describe(configuration, slots, entries, precision_bits):

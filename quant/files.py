@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from errors import InputError, first_line, system_reason
 
@@ -156,6 +157,13 @@ def save_pickle(data, path):
 def save_text(text, path):
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def save_png(image, path):
+    """Write an image, an array uint8 [H, W, 3] or Pillow's own, whole or not at all."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with atomic_write(path) as file:
+        image.save(file, "PNG")
 
 
 def load_checkpoint(path, lazily=False):

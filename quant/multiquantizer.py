@@ -275,7 +275,7 @@ def stitch(denoiser, family, path, overwrite=False):
     if not overwrite:
         holds(path, denoiser, family)
     entries, origin = {}, {}
-    for prefix in family.parts:
+    for prefix in family.prefixes:
         file = part_path(path, prefix)
         if not file.is_file():
             raise InputError(f"{file}: no such part; make it with --prefix {prefix}")

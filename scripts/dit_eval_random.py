@@ -7,4 +7,4 @@ python scripts/dit_eval_random.py --outdir dit_embedded_random --model_id embedd
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("eval_random", "dit")
+    run_script("labelling.eval_random", "dit")

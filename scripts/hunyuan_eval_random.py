@@ -7,4 +7,4 @@ python scripts/hunyuan_eval_random.py --outdir hunyuan_embedded_random --model_i
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("eval_random", "hunyuan")
+    run_script("labelling.eval_random", "hunyuan")

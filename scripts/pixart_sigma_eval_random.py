@@ -7,4 +7,4 @@ python scripts/pixart_sigma_eval_random.py --outdir sigma_embedded_random --mode
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("eval_random", "pixart_sigma")
+    run_script("labelling.eval_random", "pixart_sigma")

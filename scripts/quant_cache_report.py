@@ -7,4 +7,4 @@ python scripts/quant_cache_report.py alpha_random_seed42 alpha_random_seed43 --o
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("report")
+    run_script("labelling.report")

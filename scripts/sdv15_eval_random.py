@@ -7,4 +7,4 @@ python scripts/sdv15_eval_random.py --outdir sdv15_embedded_random --model_id em
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("eval_random", "sdv15")
+    run_script("labelling.eval_random", "sdv15")

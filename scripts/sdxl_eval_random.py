@@ -7,4 +7,4 @@ python scripts/sdxl_eval_random.py --outdir sdxl_embedded_random --model_id embe
 from stages.run import run_script
 
 if __name__ == "__main__":
-    run_script("eval_random", "sdxl")
+    run_script("labelling.eval_random", "sdxl")

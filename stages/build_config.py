@@ -18,7 +18,7 @@ def main():
     check_writable(args.output)
     scores = load_scores(args, family, args.avg_bits)
     if args.choice == "top1":
-        codes = search.top_one(scores.space, scores.published_parts())
+        codes = search.top_one(scores.space, scores.published_decisions())
     else:
         codes = scores.best_within(args.avg_bits)
     configuration = scores.space.configuration(codes)

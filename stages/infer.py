@@ -9,18 +9,18 @@ from pathlib import Path
 
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
-from evaluation.images import save_png
 from models.components import quiet_loading
 from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, pick_device
 from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
-from quant.files import remove_leftovers
+from quant.files import remove_leftovers, save_png
+from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, show_steps
+from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, settings_of, show_steps
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
@@ -32,17 +32,19 @@ def main(family):
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     check_first(args, family, device)
-    args.multi_chkpt_key = multiquantizer.file_key(args.multi_chkpt, family)
-    args.q_config_key = config.spec_key(args.q_config)
+    flags = vars(args) | {
+        "multi_chkpt_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "q_config_key": q_config.key(args.q_config),
+    }
     chosen = args.cls_id if family.num_classes else args.prompt
     prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
     with run_folder(args) as folder:
         remove_leftovers(folder)
-        check_same_run(args, folder)
+        check_same_run(flags, folder)
         start_log(folder)
         try:
             with notes_in_run_log(folder):
-                run(family, args, device, prompts, folder)
+                run(family, args, flags, device, prompts, folder)
         except KeyboardInterrupt as stop:
             if (folder / SETTINGS).exists():
                 stop.args = (f"`--run {folder.name}` with the same flags goes on",)
@@ -57,7 +59,7 @@ def check_first(args, family, device):
             "build_config.py or labelled (quant_cache.pkl:best); `--q_config uniform:mse-4` needs none"
         )
     entries = multiquantizer.read(args.multi_chkpt, family)
-    config.check_file(args.q_config, entries, family)
+    q_config.check(args.q_config, entries, family)
     check_sampling(args, family, device)
 
 
@@ -78,14 +80,14 @@ def run_folder(args):
             raise
 
 
-def check_same_run(args, folder):
+def check_same_run(flags, folder):
     """Refuse to mix images drawn under other flags into one folder."""
     settings = folder / SETTINGS
     if not settings.exists():
         if any(folder.glob("*/*.png")):
             raise InputError(f"{folder}: has images but no {SETTINGS} that says how they were made; give another --run")
         return
-    before, now = read_settings(settings), written(args)
+    before, now = read_settings(settings), written(flags)
     for name in now:
         if name not in FREE_FLAGS and before.get(name) != now[name]:
             raise InputError(
@@ -94,7 +96,7 @@ def check_same_run(args, folder):
             )
 
 
-def run(family, args, device, prompts, folder):
+def run(family, args, flags, device, prompts, folder):
     originals, samples = Pictures(folder / "full_precision", prompts), Pictures(folder / "samples", prompts)
     unseen, unquantized = ([] if args.no_compare else originals.missing()), samples.missing()
     if not unseen and not unquantized and (folder / SHEET).exists():
@@ -102,21 +104,22 @@ def run(family, args, device, prompts, folder):
         return
     sampler = load_for(args, family, device, prompts, place=False)
     model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
-    configuration = config.load(args.q_config, model.slots)
+    configuration = q_config.load(args.q_config, model.slots)
     description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)
-    save_settings(args, folder / SETTINGS)
+    save_settings(flags, folder / SETTINGS)
     log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{config.quantized_size(description):,}")
     log.info("run %s; cut off, it goes on with --run %s and the same flags", folder, folder.name)
     show_steps(sampler)
+    settings = settings_of(args)
     if unseen:
         place(sampler, device)
-        originals.draw(unseen, sampler, args, "full precision")
+        originals.draw(unseen, sampler, settings, "full precision")
         sampler.gather()
     if unquantized:
         quantize(args, model, configuration)
         place(sampler, device)
-        samples.draw(unquantized, sampler, args, "quantized")
+        samples.draw(unquantized, sampler, settings, "quantized")
     activations = f", activations {args.act_bit} bits" if args.quant_act else ""
     rows = [] if args.no_compare else [(f"full precision, {family.precision_bits} bits", originals)]
     finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)

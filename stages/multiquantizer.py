@@ -21,7 +21,7 @@ def main(family):
         stitch(denoiser, family, path, args.overwrite)
     elif args.prefix:
         fit(denoiser, family, multiquantizer.part_path(path, args.prefix), args.overwrite, args.prefix)
-        missing = [prefix for prefix in family.parts if not multiquantizer.part_path(path, prefix).exists()]
+        missing = [prefix for prefix in family.prefixes if not multiquantizer.part_path(path, prefix).exists()]
         if missing:
             print(f"parts still to fit: --prefix {', '.join(missing)}")
         else:
@@ -48,8 +48,8 @@ def parse_args(family):
         help="replace a file whatever it holds, the quantizers of other weights too",
     )
     parser.set_defaults(prefix="", stitch=False)
-    if family.parts:
-        parser.add_argument("--prefix", choices=family.parts, help="fit this part of the denoiser into a file of its own")
+    if family.prefixes:
+        parser.add_argument("--prefix", choices=family.prefixes, help="fit this part of the denoiser into a file of its own")
         parser.add_argument("--stitch", action="store_true", help="fit nothing; join the files of all parts into one")
     return parser.parse_args()
 
@@ -69,4 +69,4 @@ def fit(denoiser, family, path, overwrite, prefix=""):
 
 def stitch(denoiser, family, path, overwrite):
     entries = multiquantizer.stitch(denoiser, family, path, overwrite)
-    print(f"{path}: {len(entries)} layers of {len(family.parts)} parts; {path.stat().st_size:,} bytes")
+    print(f"{path}: {len(entries)} layers of {len(family.prefixes)} parts; {path.stat().st_size:,} bytes")

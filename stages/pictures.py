@@ -4,7 +4,9 @@ from itertools import groupby
 
 from PIL import Image
 
-from evaluation.images import generate_batches, save_png, say_constant
+from evaluation.constant_images import is_constant, say_constant
+from models.drawing import generate_batches
+from quant.files import save_png
 
 
 class Pictures:
@@ -24,7 +26,7 @@ class Pictures:
         constant = []
         for first, last in ranges(numbers):
             for batch in generate_batches(sampler, self.prompts, settings, name, first, last):
-                constant += list(batch.constant)
+                constant += list(is_constant(batch.images, batch.broken))
                 for index, image, broken in zip(batch.indices, batch.images, batch.broken, strict=True):
                     if broken:
                         self.broken.append(self.paths[index])

@@ -5,7 +5,7 @@ from pathlib import Path
 from autobuild import graph
 from errors import InputError
 from models.families import FAMILIES
-from quant import config
+from stages import q_config
 from stages.common import OneLineParser, check_extra
 
 
@@ -38,4 +38,4 @@ def parse_args():
 def configuration_of(args):
     if args.q_config is None:
         return None
-    return config.load(args.q_config, graph.slots_of_family(args.family)[1])
+    return q_config.load(args.q_config, graph.slots_of_family(args.family)[1])

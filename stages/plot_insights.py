@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from quant import config
 from quant.files import check_writable
+from stages import q_config
 from stages.common import check_extra, finite
 from stages.score_sources import load_scores, parse, parser_of
 
@@ -16,11 +16,13 @@ def main():
 
     check_writable(args.outdir / "ranking.csv")
     best = args.q_config is None
-    chosen = None if best else config.load(args.q_config, slots_of_family(family.name)[1])
+    chosen = None if best else q_config.load(args.q_config, slots_of_family(family.name)[1])
     scores = load_scores(args, family, args.avg_bits if best else None)
     space = scores.space
     codes = scores.best_within(args.avg_bits) if best else space.codes_of(chosen)
-    for path in insights.draw_all(space, scores.of_weights(), scores.published_parts(), codes, family.title, args.outdir):
+    for path in insights.draw_all(
+        space, scores.of_weights(), scores.published_decisions(), codes, family.title, args.outdir
+    ):
         print(path)
 
 

@@ -69,9 +69,9 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
-def written(args):
-    """The flags as `save_settings` writes them, {name: value}."""
-    return {name: _plain(value) for name, value in vars(args).items()}
+def written(flags):
+    """The flags {name: value} as `save_settings` writes them."""
+    return {name: _plain(value) for name, value in flags.items()}
 
 
 def _plain(value):
@@ -80,10 +80,10 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def save_settings(args, path):
-    """Write the run's flags, all of them, as YAML."""
+def save_settings(flags, path):
+    """Write the run's flags {name: value}, all of them, as YAML."""
     with atomic_write(path) as file:
-        yaml.dump(written(args), file, _Dumper, encoding="utf-8", allow_unicode=True, sort_keys=False)
+        yaml.dump(written(flags), file, _Dumper, encoding="utf-8", allow_unicode=True, sort_keys=False)
 
 
 def read_settings(path):

@@ -4,8 +4,11 @@ import argparse
 import re
 from pathlib import Path
 
+import constants
 from errors import InputError
 from models import schedulers
+from models.drawing import BatchSize, SamplingSettings
+from models.embedded.captions import subject_prompts
 from models.facts import native_pixels, num_classes, open_model, own_scheduler
 from models.lora import open_lora
 from models.pipelines import (
@@ -21,11 +24,28 @@ from models.pipelines import (
 )
 from models.prompt_memo import encode_prompts, remember
 from quant.memory import return_free_memory
+from stages import prompt_files
 from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
 
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
 STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
 FAR = 1.5  # times more or fewer pixels per side than a model is made for
+
+# What images depend on.
+IMAGE_FLAGS = (
+    "model_id",
+    "seed",
+    "n_imgs",
+    "prompts_key",  # the prompts, or class numbers, themselves
+    "res",
+    "steps",
+    "guidance",
+    "scheduler",
+    "negative_prompt",
+    "dtype",
+    "lora_key",  # scale and content of each --lora
+    "multiquantizer_key",  # what is in the file of --multi_chkpt
+)
 
 
 def add_sampling_flags(parser, family):
@@ -76,13 +96,13 @@ def resolution(text):
     return height if height == width else f"{height}x{width}"
 
 
-def parse_sampling(parser, family, guidance="guidance"):
+def parse_sampling(parser, family, guidance="guidance", argv=None):
     """The parsed flags, those left out filled from what is known of the model.
 
     That is the family's row (guidance in the column named) for its own model and the embedded one; another model's native
     size, and few steps without guidance if its sampler is that of a distilled model.
     """
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     family = in_precision(family, args.dtype)
     row = defaults(family, args.model_id)
     args.batch_size = args.batch_size or row.batch_size
@@ -163,6 +183,28 @@ def _is_far(size, native):
     ratios = [ours / theirs for ours, theirs in zip(size, native, strict=True)]
     area = (ratios[0] * ratios[1]) ** 0.5
     return not 1 / FAR <= area <= FAR
+
+
+def prompts_for(args, family):
+    """`n_imgs` prompts, or class numbers for a family that has no prompts."""
+    if family.num_classes:
+        return [index % args.num_classes for index in range(args.n_imgs)]
+    if args.prompts is None and is_embedded(family, args.model_id):
+        return [caption for _, caption in subject_prompts(args.n_imgs)]
+    return prompt_files.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
+
+
+def settings_of(args, hand_over=None):
+    """The SamplingSettings that the flags ask for; `hand_over` is the share of the steps to take, before a refiner's."""
+    return SamplingSettings(
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        res=args.res,
+        batch_size=BatchSize(args.batch_size),
+        published_noise=getattr(args, "published_noise", False),
+        hand_over=hand_over,
+    )
 
 
 def extras_of(args):

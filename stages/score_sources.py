@@ -3,6 +3,7 @@
 Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -12,21 +13,29 @@ from tqdm import tqdm
 
 from autobuild import space as spaces
 from errors import InputError
-from evaluation import prompts as prompt_files
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant import multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
+from stages import prompt_files
 from stages.common import (
     OneLineParser,
     at_least,
     in_precision,
     parser_for,
 )
-from stages.eval_random import IMAGE_FLAGS, prompts_for
-from stages.forecast import as_time
+from stages.labelling.forecast import as_time
 from stages.library_notes import Once, library_notes
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, show_steps
+from stages.sampling import (
+    IMAGE_FLAGS,
+    add_sampling_flags,
+    check_sampling,
+    load_for,
+    parse_sampling,
+    prompts_for,
+    settings_of,
+    show_steps,
+)
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")
@@ -41,7 +50,11 @@ def parser_of(stage, description, argv=None):
     parser.prog = f"{stage}.py"
     parser.add_argument("--family", choices=list(FAMILIES), required=True)
     parser.add_argument(
-        "--labels", required=True, help="predictor of train_predictor.py, or `none`: ask the denoiser itself"
+        "--scores",
+        "--labels",  # as it was called
+        required=True,
+        metavar="PREDICTOR",
+        help="predictor of train_predictor.py, or `none`: ask the denoiser itself",
     )
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
     parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
@@ -60,9 +73,9 @@ def parse(parser, family):
 
 
 def load_scores(args, family, avg_bits=None):
-    """The scores that --labels asks for; InputError if no configuration is within `avg_bits`, if given."""
-    if args.labels != "none":
-        return learned(Path(args.labels), family, avg_bits)
+    """The scores that --scores asks for; InputError if no configuration is within `avg_bits`, if given."""
+    if args.scores != "none":
+        return learned(Path(args.scores), family, avg_bits)
     from autobuild.scores import MeasuredScores
 
     return MeasuredScores(*measured(args, family, avg_bits))
@@ -92,40 +105,45 @@ def measured(args, family, avg_bits):
     """
     family = in_precision(family, args.dtype)
     device, prompts = pick_device(args.device), prompts_for(args, family)
-    args.prompts_key = prompt_files.key(prompts)
-    args.hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
-    args.refiner_id = None  # it is never asked
+    hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
+    args = argparse.Namespace(**vars(args) | {"refiner_id": None})  # it is never asked
     check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
-    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
+    told = {
+        "prompts_key": prompt_files.key(prompts),
+        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "hand_over": hand_over,
+    }
+    flags = flags_of(vars(args) | told)
     if entries is not None:
         check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
     check_writable(args.sensitivity)
-    known = read_measured(args)
+    known = read_measured(args.sensitivity, flags)
     keys = spaces.graph_and_keys(family.name)[1]
     if entries is None or any(each[0] not in known for each in keys):
         with library_notes(Once(tqdm.write)):
-            entries = measure_missing(args, family, device, prompts, keys, known)
+            entries = measure_missing(args, family, flags, device, prompts, keys, known)
     changes, shifts = zip(*(known[each[0]] for each in keys), strict=True)
     space = spaces.of_multiquantizer(family, entries, args.multi_chkpt)
     return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
 
 
-def measure_missing(args, family, device, prompts, keys, known):
+def measure_missing(args, family, flags, device, prompts, keys, known):
     """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries."""
     from autobuild.sensitivity import Probe, record_calls
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
     model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
-    probe = Probe(sampler.denoiser, record_calls(sampler, prompts, args, args.calls), args)
+    settings = settings_of(args, flags["hand_over"])
+    probe = Probe(sampler.denoiser, record_calls(sampler, prompts, settings, args.calls), settings.batch_size)
     left = [each for each in keys if each[0] not in known]
     start = time.monotonic()
     for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
         shared = left[place]
         known[shared[0]] = measure([model.parts[key] for key in shared], model.entries[shared[0]]["parameters"], probe)
         with atomic_write(args.sensitivity) as file:
-            torch.save({"flags": flags_of(args), "weights": known}, file)
+            torch.save({"flags": flags, "weights": known}, file)
         if place == 0:
             told = as_time((time.monotonic() - start) * (len(left) - 1))
             tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
@@ -144,22 +162,22 @@ def measure(parts, parameters, probe):
     return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
 
 
-def flags_of(args):
-    return {flag: str(value) if isinstance(value := getattr(args, flag), Path) else value for flag in FLAGS}
+def flags_of(known):
+    """Those of FLAGS, of all flags and keys {name: value}, as they are kept."""
+    return {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
 
 
-def read_measured(args):
-    """{key: (changes, shifts)} that was measured before, with the same flags."""
-    if not args.sensitivity.exists():
+def read_measured(path, flags):
+    """{key: (changes, shifts)} that was measured before, with the same flags, as `flags_of` has them."""
+    if not path.exists():
         return {}
-    kept = load_checkpoint(args.sensitivity)
+    kept = load_checkpoint(path)
     if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and are_measured(kept["weights"])):
-        raise InputError(f"{args.sensitivity}: is not what --labels none was told; give another --sensitivity")
-    for flag, value in flags_of(args).items():
+        raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
+    for flag, value in flags.items():
         if kept["flags"].get(flag) != value:
             raise InputError(
-                f"{args.sensitivity}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; "
-                "give another --sensitivity"
+                f"{path}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; give another --sensitivity"
             )
     return kept["weights"]
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from errors import InputError
 from models.families import FAMILIES
-from stages import label_runs
 from stages.common import OneLineParser, at_least, check_extra, seed
+from stages.labelling import label_runs
 
 LEAST_ROWS = 40  # of a cache: a fold is tested on eight
 
@@ -31,8 +31,8 @@ def main():
         print(f"{len(rows) - len(usable)} of {len(rows)} rows have no number for the target and are left out")
     rows, targets = [rows[place] for place in usable], targets[usable]
     known = space.of_rows(args.family, rows, str(args.cache[0]))
-    task = training.Task(GraphTensors(known), known.codes(rows), targets, args.loss, args.epochs, args.seed)
-    key = predictor_file.key_of(known, task)
+    setup = training.TrainingSetup(GraphTensors(known), known.codes(rows), targets, args.loss, args.epochs, args.seed)
+    key = predictor_file.key_of(known, setup)
     told = {"target": args.target, "loss": args.loss, "rows": len(rows)}
     folds = predictor_file.load_folds(args.output, key)
 
@@ -40,9 +40,9 @@ def main():
         folds[number] = fold
         predictor_file.save(args.output, known, key, told, folds)
 
-    training.train(task, keep, dict(folds))
+    training.train(setup, keep, dict(folds))
     found = {"predictor": [folds[number].metrics["srcc"] for number in range(training.FOLDS)]}
-    found |= baselines.compare(rows, task.codes, targets, args.seed)
+    found |= baselines.compare(rows, setup.codes, targets, args.seed)
     print("\n".join(table(found, args, len(rows))))
     print(f"predictor: {args.output}")
 

@@ -22,8 +22,8 @@ from evaluation import fid
 from models import geometry
 from models.families import FAMILIES
 from quant import multiquantizer
-from stages import eval_random
 from stages.common import log
+from stages.labelling import eval_random
 
 ROOT = Path(__file__).parent.parent
 PROCESS_BYTES = 2.5e9  # of memory that a test process takes, with what it starts

@@ -7,7 +7,7 @@ METRICS = ("latent_mse", "image_mse", "psnr", "ssim")
 
 
 class MadeUpWorkers:
-    """As those of stages/workers.py are; what they measure follows from the configuration's and the image's number."""
+    """As those of stages/labelling/workers.py are; what they measure follows from the numbers of configuration and image."""
 
     count = 1
 
@@ -24,21 +24,21 @@ class MadeUpWorkers:
         rows = {"quantized_size": 4, "avg_bits": 4.0, "quantized_error": 0.5, "bops": 1.0}
         return [rows | {"config": {"model.a.weight_quantizer": [f"mse-{index}", 16, 4, 0.5]}} for index in indices]
 
-    def run(self, tasks, baseline, drawn):
+    def run(self, tasks, full_precision, drawn):
         for task in tasks:
             if task == self.last:
                 raise KeyboardInterrupt
             self.measured.append(task)
             drawn(task.count)
-            yield task, make_up(task, baseline), {}
+            yield task, make_up(task, full_precision), {}
 
 
-def make_up(task, baseline):
+def make_up(task, full_precision):
     """What `Labeller.measure` has of a task."""
     seed = FULL_PRECISION if task.index is None else task.index
     draws = [np.random.default_rng([seed, image]) for image in range(task.first, task.last)]
     arrays = {"features": np.stack([draw.normal(size=64) for draw in draws])}
-    if baseline is None:
+    if full_precision is None:
         arrays["images"] = np.stack([draw.integers(0, 256, (4, 4, 3), np.uint8) for draw in draws])
         arrays["latents"] = np.stack([draw.normal(size=(4, 2, 2)).astype(np.float32) for draw in draws])
         return arrays

@@ -19,48 +19,48 @@ def space():
     return small_space()
 
 
-def parts_of(space, sets, seed):
+def decisions_of(space, sets, seed):
     rng = np.random.default_rng(seed)
     for weights in sets:
         codes = search.variants(space, weights)
-        yield search.make_part(space, weights, codes, rng.normal(size=len(codes)))
+        yield search.make_decision(space, weights, codes, rng.normal(size=len(codes)))
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
 def test_the_best_within_a_size_is_the_best_of_all(space, seed, share):
     sets = [[0], [1, 2], [3, 4]]
-    parts = list(parts_of(space, sets, seed))
-    rest = [search.make_part(space, [w], np.array([[5]]), [0.0]) for w in range(5, len(space.keys))]
+    decisions = list(decisions_of(space, sets, seed))
+    rest = [search.make_decision(space, [w], np.array([[5]]), [0.0]) for w in range(5, len(space.keys))]
     totals = [
         (
-            sum(p.scores[i] for p, i in zip(parts, each, strict=True)),
-            sum(p.sizes[i] for p, i in zip(parts, each, strict=True)),
+            sum(p.scores[i] for p, i in zip(decisions, each, strict=True)),
+            sum(p.sizes[i] for p, i in zip(decisions, each, strict=True)),
         )
-        for each in itertools.product(*(range(len(part.codes)) for part in parts))
+        for each in itertools.product(*(range(len(decision.codes)) for decision in decisions))
     ]
-    fixed = sum(part.sizes[0] for part in rest)
+    fixed = sum(decision.sizes[0] for decision in rest)
     least, most = min(size for _, size in totals), max(size for _, size in totals)
     limit = least + share * (most - least)
     avg_bits = 16 * (limit + fixed) / space.fp_bytes.sum()
-    codes = search.best_within(space, [*parts, *rest], avg_bits)
+    codes = search.best_within(space, [*decisions, *rest], avg_bits)
     assert space.avg_bits(codes) <= avg_bits + 1e-9
-    found = sum(p.scores[np.flatnonzero((p.codes == codes[p.weights]).all(axis=1))[0]] for p in parts)
+    found = sum(p.scores[np.flatnonzero((p.codes == codes[p.weights]).all(axis=1))[0]] for p in decisions)
     assert found == pytest.approx(max(score for score, size in totals if size <= limit + 1e-6))
 
 
 def test_nothing_is_small_enough(space):
-    parts = search.parts_of_weights(space, -space.errors)
+    decisions = search.decisions_of_weights(space, -space.errors)
     with pytest.raises(InputError, match=r"--avg_bits 2: the smallest configuration of pixart_alpha has 3\.1"):
-        search.best_within(space, parts, 2)
+        search.best_within(space, decisions, 2)
 
 
-def test_top_one_is_each_parts_best_and_the_smaller_of_equals(space):
-    parts = list(parts_of(space, [[w] for w in range(len(space.keys))], 0))
-    parts[0] = search.make_part(space, [0], parts[0].codes, [1, 1, 0, 0, 1, 0])
-    codes = search.top_one(space, parts)
+def test_top_one_is_each_decisions_best_and_the_smaller_of_equals(space):
+    decisions = list(decisions_of(space, [[w] for w in range(len(space.keys))], 0))
+    decisions[0] = search.make_decision(space, [0], decisions[0].codes, [1, 1, 0, 0, 1, 0])
+    codes = search.top_one(space, decisions)
     assert codes[0] == 1  # of 0, 1 and 4 it has the fewest bytes
-    assert all(part.scores[codes[w]] == part.scores.max() for w, part in enumerate(parts))
+    assert all(decision.scores[codes[w]] == decision.scores.max() for w, decision in enumerate(decisions))
 
 
 def test_methods_that_labels_have_not_seen_are_not_chosen():
@@ -71,8 +71,10 @@ def test_methods_that_labels_have_not_seen_are_not_chosen():
 
 
 def test_undominated():
-    part = search.Part(np.array([0]), np.arange(5)[:, None], np.array([3.0, 1, 2, 2, 3]), np.array([5.0, 1, 1, 4, 3]))
-    assert search.undominated(part).tolist() == [1, 3, 0]
+    decision = search.Decision(
+        np.array([0]), np.arange(5)[:, None], np.array([3.0, 1, 2, 2, 3]), np.array([5.0, 1, 1, 4, 3])
+    )
+    assert search.undominated(decision).tolist() == [1, 3, 0]
 
 
 def lengths_after(space, shifts, codes, count):
@@ -89,7 +91,7 @@ def lengths_after(space, shifts, codes, count):
 def test_no_exchange_of_two_weights_shortens_the_sum_of_shifts(space, seed):
     shifts = np.random.default_rng(seed).normal(size=(len(space.keys), 6, 20)) * np.sqrt(space.errors)[..., None]
     changes = (shifts**2).sum(axis=2)
-    first = search.best_within(space, search.parts_of_weights(space, -changes), 3.8)
+    first = search.best_within(space, search.decisions_of_weights(space, -changes), 3.8)
     codes = search.shortest_sum(space, shifts, first, 3.8)
     rows = np.arange(len(codes))
     length = (shifts[rows, codes].sum(axis=0) ** 2).sum()
@@ -104,7 +106,7 @@ def test_shifts_that_cancel_are_found(space):
     shifts = np.random.default_rng(0).normal(size=(len(space.keys), 6, 20))
     shifts[3, 1], shifts[7, 5] = 10 * shifts[3, 1], -10 * shifts[3, 1]
     shifts[[0, 1, 2, 4, 5, 6, 8, 9, 10]] *= 0.01
-    first = search.best_within(space, search.parts_of_weights(space, -(shifts**2).sum(axis=2)), 6)
+    first = search.best_within(space, search.decisions_of_weights(space, -(shifts**2).sum(axis=2)), 6)
     assert (first[3], first[7]) != (1, 5)
     codes = search.shortest_sum(space, shifts, first, 6)
     assert (codes[3], codes[7]) == (1, 5)

@@ -1,13 +1,13 @@
 """How far a denoiser's output moves, on the embedded models."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from autobuild import sensitivity
 from errors import InputError
+from models.drawing import BatchSize, SamplingSettings
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
 from quant import registry
@@ -23,8 +23,8 @@ def load(name):
 
 def settings_of(name, **changes):
     resolution = None if FAMILIES[name].num_classes else FAMILIES[name].embedded.resolution
-    known = {"seed": 5, "steps": 4, "guidance": 3.0, "res": resolution, "batch_size": 3}
-    return SimpleNamespace(**known | changes)
+    known = {"seed": 5, "steps": 4, "guidance": 3.0, "res": resolution, "batch_size": BatchSize(3)}
+    return SamplingSettings(**known | changes)
 
 
 def prompts_of(name):
@@ -100,9 +100,9 @@ def test_the_shift_is_that_of_a_whole_run_whatever_the_batch_size(name):
     expected = (torch.cat([each.flatten() for each in shifted]) - before) / before.norm()
     assert len(guided) == (5 if name == "sdv15" else 4) and expected.norm() > 1e-4
     for size in (1, 2):
-        settings.batch_size = size
+        settings = settings_of(name, batch_size=BatchSize(size))
         recording = sensitivity.record_calls(sampler, prompts, settings, count=3)
-        probe = sensitivity.Probe(sampler.denoiser, recording, settings)
+        probe = sensitivity.Probe(sampler.denoiser, recording, settings.batch_size)
         change, shift = probe.shift(put, 1.5)
         put(None)
         torch.testing.assert_close(shift, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -131,7 +131,7 @@ def test_only_what_is_needed_is_drawn(sampler, monkeypatch):
     asked = []
     forward = sampler.denoiser.forward
     monkeypatch.setattr(sampler.denoiser, "forward", lambda *args, **kw: asked.append(1) or forward(*args, **kw))
-    recording = sensitivity.record_calls(sampler, [3, 7], settings_of("dit", batch_size=1), count=1)
+    recording = sensitivity.record_calls(sampler, [3, 7], settings_of("dit", batch_size=BatchSize(1)), count=1)
     assert len(asked) == 3
     assert [[len(call.guided) for call in calls] for calls in recording.steps] == [[1, 1]]
     assert "step" not in vars(sampler.pipeline.scheduler)  # its own method again
@@ -178,16 +178,17 @@ def test_memory_that_runs_out_halves_the_batches(sampler, room):
     put = growing(layer_of(sampler))
 
     def probe_with(settings):
-        return sensitivity.Probe(sampler.denoiser, sensitivity.record_calls(sampler, [3, 7, 1], settings, 2), settings)
+        recording = sensitivity.record_calls(sampler, [3, 7, 1], settings, 2)
+        return sensitivity.Probe(sampler.denoiser, recording, settings.batch_size)
 
     change, shift = probe_with(settings_of("dit")).shift(put, 1.5)
     put(None)
-    room[0], settings = 6, settings_of("dit", batch_size=8)
+    room[0], settings = 6, settings_of("dit", batch_size=BatchSize(8))
     probe = probe_with(settings)
     room[0] = 4
     again, shift_again = probe.shift(put, 1.5)
     put(None)
-    assert settings.batch_size == probe.together == 2
+    assert settings.batch_size.images == probe.together == 2
     assert again == pytest.approx(change, rel=1e-3)
     torch.testing.assert_close(shift_again, shift, rtol=1e-2, atol=1e-3 * float(shift.abs().max()))
     assert probe.shift(put, None)[0] == 0  # both sides are asked alike
@@ -197,7 +198,7 @@ def test_memory_that_runs_out_halves_the_batches(sampler, room):
 
 
 def test_the_whole_output_grown_by_a_tenth_is_a_change_of_a_hundredth(sampler, recording):
-    probe = sensitivity.Probe(sampler.denoiser, recording, settings_of("dit"))
+    probe = sensitivity.Probe(sampler.denoiser, recording, BatchSize(3))
     put = growing(sampler.denoiser.proj_out_2)
     change, shift = probe.shift(put, 1.1)
     put(None)
@@ -213,7 +214,7 @@ def test_more_bits_change_less(recording):
     model = QuantizedModel(sampler.denoiser, family.dtype, include=[r"transformer_blocks\.3\.ff\.net\.0\.proj"])
     (part,) = model.parts.values()
     parameters = registry.fit(part.original)
-    probe = sensitivity.Probe(sampler.denoiser, recording, settings_of("dit"))
+    probe = sensitivity.Probe(sampler.denoiser, recording, BatchSize(3))
     measured, shifts = measure([part], parameters, probe)
     assert shifts.shape == (6, 3 * 2 * 4 * 8 * 8)
     changes = dict(zip(registry.SEARCH_SPACE, measured.tolist(), strict=True))

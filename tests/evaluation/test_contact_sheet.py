@@ -4,7 +4,7 @@ from PIL import ImageFont
 
 from evaluation import contact_sheet as sheets
 from evaluation.contact_sheet import cell_size, contact_sheet, fitted
-from evaluation.images import save_png
+from quant.files import save_png
 
 FONT = ImageFont.load_default(sheets.CAPTION_PX)
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from errors import InputError
 from evaluation import fid
-from evaluation.images import save_png
+from models.embedded import judge
 from models.embedded.classifier import held_out_accuracy, load_classifier
 from models.embedded.digits import reference_pictures
+from quant.files import save_png
 
 real_digits = functools.cache(reference_pictures)
 REAL_PHOTOS = ROOT.parent / "shared" / "data" / "imagenet"
@@ -34,7 +35,7 @@ def folders(tmp_path):
 
 def test_equals_clean_fid(folders):
     """Our way through cached statistics gives the number clean-fid gives for two folders."""
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     reference = fid.reference_statistics(folders[1], extractor, CPU)
     ours = fid.distance(fid.folder_features(folders[0], extractor, CPU), reference)
     theirs = clean_fid.compare_folders(
@@ -59,7 +60,7 @@ class Coarse:
         return torch.nn.functional.adaptive_avg_pool2d(batch, 5).flatten(1)
 
 
-@pytest.mark.parametrize("extractor", [Coarse(), fid.DigitFeatures(CPU)], ids=["resized", "digits"])
+@pytest.mark.parametrize("extractor", [Coarse(), judge.DigitFeatures(CPU)], ids=["resized", "digits"])
 def test_features_in_memory_equal_those_of_files(folders, extractor):
     """What clean-fid computes from the PNG files, without the files."""
     files = fid.image_files(folders[0])
@@ -78,7 +79,7 @@ def test_by_hand():
 
 
 def test_reference_is_read_once(folders, monkeypatch):
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     first = fid.reference_statistics(folders[0], extractor, CPU)
     monkeypatch.setattr(fid, "folder_features", lambda *args: pytest.fail("computed again"))
     again = fid.reference_statistics(folders[0], extractor, CPU)
@@ -89,14 +90,14 @@ def test_number_of_images_is_told_and_kept(folders, caplog):
     caplog.set_level("INFO", "qua2sedimo")
     (folders[1] / "deeper.npy").touch()
     for _ in range(2):  # computed, then from the cache
-        assert fid.reference_statistics(folders[1], fid.DigitFeatures(CPU), CPU).images == 90
+        assert fid.reference_statistics(folders[1], judge.DigitFeatures(CPU), CPU).images == 90
         assert f"reference: 90 images of {folders[1]}" in caplog.text and "1 of .npy" in caplog.text
         caplog.clear()
 
 
 def test_statistics_that_do_not_tell_their_number_are_computed_again(folders):
     """Such are of an earlier version, which read some files in other ways."""
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     first = fid.reference_statistics(folders[0], extractor, CPU)
     path = fid.cache_folder() / "fid" / f"{extractor.name}-{fid.folder_key(folders[0])}.npz"
     np.savez(path, mean=first.mean + 1, covariance=first.covariance)
@@ -104,7 +105,7 @@ def test_statistics_that_do_not_tell_their_number_are_computed_again(folders):
 
 
 def test_the_pass_over_the_reference_has_a_bar_with_the_time_left(folders, capsys):
-    fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+    fid.folder_features(folders[0], judge.DigitFeatures(CPU), CPU)
     bar = capsys.readouterr().err
     assert re.search(r"reference: 100%\|.*90/90 \[\d\d:\d\d<\d\d:\d\d", bar)
 
@@ -112,12 +113,12 @@ def test_the_pass_over_the_reference_has_a_bar_with_the_time_left(folders, capsy
 def test_black_reference_images_are_counted(folders, caplog):
     for name in ("black.png", "white.png"):
         save_png(np.full((64, 64, 3), 255 * (name == "white.png"), np.uint8), folders[0] / name)
-    fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+    fid.folder_features(folders[0], judge.DigitFeatures(CPU), CPU)
     assert "reference: 2 of 92 images are of one constant colour" in caplog.text
 
 
 def test_reference_follows_what_is_in_the_folder(folders):
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     first = fid.reference_statistics(folders[0], extractor, CPU)
     save_png(np.zeros((64, 64, 3), np.uint8), folders[0] / "new.png")
     assert not np.array_equal(first[0], fid.reference_statistics(folders[0], extractor, CPU)[0])
@@ -138,20 +139,20 @@ def test_reference_follows_an_image_rewritten_in_the_same_size(tmp_path):
 def test_damaged_image_is_named(folders):
     (folders[0] / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png"):
-        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+        fid.folder_features(folders[0], judge.DigitFeatures(CPU), CPU)
 
 
 def test_sizes_that_do_not_match(folders):
     save_png(np.zeros((32, 48, 3), np.uint8), folders[0] / "other.png")
     with pytest.raises(InputError, match=r"other\.png: .*48 x 32 pixels, .*0\.png is 64 x 64"):
-        fid.folder_features(folders[0], fid.DigitFeatures(CPU), CPU)
+        fid.folder_features(folders[0], judge.DigitFeatures(CPU), CPU)
 
 
 def test_out_of_memory_is_not_blamed_on_an_image(folders, monkeypatch):
     def full(batch):
         raise torch.OutOfMemoryError("no memory left")
 
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     monkeypatch.setattr(extractor, "model", full)
     with pytest.raises(torch.OutOfMemoryError):
         fid.folder_features(folders[0], extractor, CPU)
@@ -160,11 +161,11 @@ def test_out_of_memory_is_not_blamed_on_an_image(folders, monkeypatch):
 def test_one_image_is_too_few(tmp_path):
     save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "only.png")
     with pytest.raises(InputError, match="one image"):
-        fid.reference_statistics(tmp_path, fid.DigitFeatures(CPU), CPU)
+        fid.reference_statistics(tmp_path, judge.DigitFeatures(CPU), CPU)
 
 
 def test_damaged_statistics_are_computed_again(folders):
-    extractor = fid.DigitFeatures(CPU)
+    extractor = judge.DigitFeatures(CPU)
     first = fid.reference_statistics(folders[0], extractor, CPU)
     for path in (fid.cache_folder() / "fid").iterdir():
         path.write_bytes(b"nothing of use")
@@ -172,11 +173,11 @@ def test_damaged_statistics_are_computed_again(folders):
 
 
 def test_another_classifier_has_its_own_statistics(monkeypatch):
-    name = fid.DigitFeatures(CPU).name
+    name = judge.DigitFeatures(CPU).name
     other = load_classifier()
     other.heads[0].weight.data.mul_(2)
-    monkeypatch.setattr(fid, "load_classifier", lambda device: other)
-    assert fid.DigitFeatures(CPU).name != name
+    monkeypatch.setattr(judge, "load_classifier", lambda device: other)
+    assert judge.DigitFeatures(CPU).name != name
 
 
 @pytest.mark.skipif(not REAL_PHOTOS.exists(), reason="no real photos here")
@@ -189,11 +190,11 @@ def test_the_judge_knows_real_digits_and_their_colours():
 
 
 def test_reference_digits_are_drawn_once(monkeypatch):
-    folder = fid.digit_reference_folder()
+    folder = judge.digit_reference_folder()
     assert len(fid.image_files(folder)) == 1797
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(before) == 1797
-    assert fid.digit_reference_folder() == folder
+    assert judge.digit_reference_folder() == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from errors import InputError
 from evaluation import fid
 from evaluation.image_folder import folder_key, image_files, read_rgb
-from evaluation.images import save_png
+from models.embedded import judge
+from quant.files import save_png
 
 REAL_PHOTOS = ROOT.parent / "shared" / "data" / "imagenet"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every gray value
@@ -217,7 +218,7 @@ def test_deeper_gray_values_are_those_of_the_8_bit_file(tmp_path, name, values):
 
 
 def test_fid_of_16_bit_files_is_that_of_8_bit_files(tmp_path):
-    extractor = fid.DigitFeatures(torch.device("cpu"))
+    extractor = judge.DigitFeatures(torch.device("cpu"))
     for name, kind, factor in (("deep", np.uint16, 257), ("plain", np.uint8, 1)):
         (tmp_path / name).mkdir()
         for index in range(4):
@@ -286,7 +287,7 @@ def test_of_several_frames_the_first_counts_which_is_said(tmp_path, caplog, suff
     frames[1].save(tmp_path / "one.png")
     picture, more_frames = read_rgb(tmp_path / f"x.{suffix}")
     assert more_frames and (picture == 40).all()
-    fid.folder_features(tmp_path, fid.DigitFeatures(torch.device("cpu")), "cpu")
+    fid.folder_features(tmp_path, judge.DigitFeatures(torch.device("cpu")), "cpu")
     assert "1 of 2 images have several frames" in caplog.text
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.images import noise_generators
 from hub_layouts.published import INDICES
 from models import pipelines
+from models.drawing import noise_generators
 from models.families import FAMILIES
 
 CPU = torch.device("cpu")

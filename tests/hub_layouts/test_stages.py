@@ -12,8 +12,10 @@ from evaluation import fid, quant_cache
 from hub_layouts.conftest import CHECKPOINT
 from hub_layouts.hub import environment, hub_cache
 from hub_layouts.published import REPOSITORIES, read_files
+from models.embedded import judge
 from models.families import FAMILIES
-from stages import eval_random, infer, multiquantizer
+from stages import infer, multiquantizer
+from stages.labelling import eval_random
 
 NEEDED = {name: (name,) for name in FAMILIES} | {"sdxl": ("sdxl", "sdxl_refiner"), "sdv15": ("clip",)}
 CPU = ("--device", "cpu")
@@ -24,7 +26,7 @@ NUM_IMAGES = 4
 @pytest.fixture
 def judged_by_digits(monkeypatch):
     """The Inception network cannot be had offline: the digit classifier's features stand in for its."""
-    monkeypatch.setattr(fid, "InceptionFeatures", fid.DigitFeatures)
+    monkeypatch.setattr(fid, "InceptionFeatures", judge.DigitFeatures)
 
 
 @pytest.fixture

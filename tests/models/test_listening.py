@@ -9,9 +9,9 @@ import torch
 from conftest import tiny_dit
 from diffusers import DDIMScheduler, DiTPipeline
 
-from evaluation.stopwatch import Stopwatch
 from models.embedded.denoisers import build_vae
 from models.listening import StandIn, Taken, answering_once, first_call, latents_taken, overheard, stopping, timed
+from stages.labelling.stopwatch import Stopwatch
 
 SHORT = {"class_labels": [3, 7], "num_inference_steps": 3, "guidance_scale": 1.0}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from no_network import no_network
 
-from evaluation.images import noise_generators
+from models.drawing import noise_generators
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, load_classifier
 from models.facts import native_pixels

@@ -9,8 +9,8 @@ from conftest import tiny
 from embedded_copies import CPU, PROMPT, Copy
 
 from errors import InputError
-from evaluation.images import noise_generators
 from models import pipelines
+from models.drawing import noise_generators
 from models.families import FAMILIES
 from models.pipelines import Extras, load_encoder, load_sampler
 from models.prompt_memo import encode_prompts, remember

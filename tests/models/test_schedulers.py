@@ -7,8 +7,8 @@ import pytest
 from embedded_copies import CPU, PROMPT, Copy
 
 from errors import InputError
-from evaluation.images import noise_generators
 from models import schedulers
+from models.drawing import noise_generators
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler
 

@@ -18,8 +18,8 @@ from no_network import no_network
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from errors import InputError
-from evaluation.images import noise_generators
 from models import geometry
+from models.drawing import noise_generators
 from models.facts import native_pixels
 from models.families import FAMILIES
 from models.pipelines import EMBEDDED_FOLDER, load_denoiser, load_sampler, model_of

@@ -11,8 +11,8 @@ from no_network import no_network
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from evaluation.images import noise_generators
 from models import single_file
+from models.drawing import noise_generators
 from models.families import FAMILIES
 from models.pipelines import EMBEDDED_FOLDER, load_denoiser, load_sampler
 from models.repository import Repository, names_below

@@ -173,7 +173,7 @@ def test_shapes_that_make_no_sense_move_nothing(shape):
 
 
 def test_every_slot_is_in_one_part():
-    parts = FAMILIES["sdxl"].parts
+    parts = FAMILIES["sdxl"].prefixes
     assert len(parts) == 7
     for slot in real_slots("sdxl").values():
         assert [prefix for prefix in parts if in_part(slot, prefix)] == [slot.module_path.split(".")[0]]

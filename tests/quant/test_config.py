@@ -60,24 +60,11 @@ def test_uniform(slots):
     assert set(config.load("uniform:kmeans-4", slots).values()) == {"kmeans-4"}
 
 
-def test_rows_of_a_cache(tmp_path, slots):
-    drawn = [config.draw_random(slots, 0, index) for index in range(3)]
-    rows = [
-        dict.fromkeys(config.ROW_NUMBERS, 1) | {"FID-GT-1k": fid, "config": {k: [m, 1, 1, 0.0] for k, m in d.items()}}
-        for fid, d in zip([3.0, 1.0, 2.0], drawn, strict=True)
-    ]
-    path = tmp_path / "quant_cache.pkl"
-    path.write_bytes(pickle.dumps(rows, protocol=4))
-    assert config.load(f"{path}:best", slots) == drawn[1]
-    assert config.load(f"{path}:3", slots) == drawn[2]
-    for bad, message in [
-        (f"{path}", "add :best"),
-        (f"{path}:4", "rows 1 to 3"),
-        (f"{path}:x", "rows 1 to 3"),
-        (f"{path}:²", "rows 1 to 3"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            config.load(bad, slots)
+def test_rows_of_a_cache_are_no_configuration(tmp_path, slots):
+    """Labelled rows are read by stages/q_config.py."""
+    config.save([{"config": config.uniform(slots, "mse-4")}], tmp_path / "quant_cache.pkl")
+    with pytest.raises(InputError, match=r"quant_cache\.pkl: not a configuration"):
+        config.load(tmp_path / "quant_cache.pkl", slots)
 
 
 @pytest.mark.parametrize(

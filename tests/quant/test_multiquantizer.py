@@ -232,7 +232,7 @@ def parts(tmp_path_factory):
     """Folder of a tiny SDXL's seven parts, each fitted by itself."""
     folder, family = tmp_path_factory.mktemp("parts"), FAMILIES["sdxl"]
     denoiser = tiny("sdxl")
-    for prefix in family.parts:
+    for prefix in family.prefixes:
         multiquantizer.build(denoiser, family, multiquantizer.part_path(folder / "sdxl_mq.pt", prefix), prefix)
     return folder
 
@@ -262,7 +262,7 @@ def test_part_paths(tmp_path):
 
 def test_each_part_holds_its_own_modules(parts, load_tiny):
     _, slots, entries = load_tiny("sdxl")
-    for prefix in FAMILIES["sdxl"].parts:
+    for prefix in FAMILIES["sdxl"].prefixes:
         content = torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)
         expected = [key for key in entries if slots[key].module_path.split(".")[0] == prefix]
         assert list(content["slots"]) == expected and expected and content["prefix"] == prefix

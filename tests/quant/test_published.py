@@ -202,7 +202,7 @@ def test_published_bytes_of_split_files(name, published_splits):
 
 
 def test_published_bytes_of_a_part(published_splits):
-    content, parts = published_splits["sdxl"][1], FAMILIES["sdxl"].parts
+    content, parts = published_splits["sdxl"][1], FAMILIES["sdxl"].prefixes
     for prefix in parts:
         own = sum(tensor.nbytes for key, tensor in content.items() if key.startswith(f"model.{prefix}."))
         assert published.file_bytes(tiny("sdxl"), FAMILIES["sdxl"], prefix) == own > 0

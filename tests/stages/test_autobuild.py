@@ -15,7 +15,8 @@ from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
 from quant.files import load_checkpoint
-from stages import eval_random, sampling, score_sources
+from stages import sampling, score_sources
+from stages.labelling import eval_random
 
 LABELS = ROOT / "labels" / "pixart_alpha_embedded"
 ROWS = 60
@@ -59,9 +60,15 @@ def test_training_in_processes_of_its_own(cache, tmp_path):
     assert "Warning" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("word", ["--scores", "--labels"])
+def test_the_old_word_for_scores_is_still_taken(word):
+    _, parser = score_sources.parser_of("build_config", "", ["--family", "dit"])
+    assert parser.parse_args(["--family", "dit", word, "none"]).scores == "none"
+
+
 def test_a_configuration_within_a_size(trained, tmp_path):
     output = tmp_path / "c.pkl"
-    flags = ("--family", "pixart_alpha", "--labels", trained[0], "--avg_bits", 3.7, "--output", output)
+    flags = ("--family", "pixart_alpha", "--scores", trained[0], "--avg_bits", 3.7, "--output", output)
     code, printed = run_here("build_config.py", *flags)
     assert code == 0 and f"{output}: average 3." in printed
     slots = graph.slots_of_family("pixart_alpha")[1]
@@ -73,7 +80,7 @@ def test_a_configuration_within_a_size(trained, tmp_path):
 
 def test_the_papers_choice(trained, tmp_path):
     output = tmp_path / "c.pkl"
-    flags = ("--family", "pixart_alpha", "--labels", trained[0], "--choice", "top1", "--output", output)
+    flags = ("--family", "pixart_alpha", "--scores", trained[0], "--choice", "top1", "--output", output)
     code, printed = run_here("build_config.py", *flags)
     assert code == 0 and "learned -1*log(FID-GT-1k) from 60 rows" in printed
     assert output.exists()
@@ -84,7 +91,7 @@ def test_insights(trained, tmp_path):
         "plot_insights.py",
         "--family",
         "pixart_alpha",
-        "--labels",
+        "--scores",
         trained[0],
         "--q_config",
         "uniform:mse-4",
@@ -130,7 +137,7 @@ def test_too_few_rows(tmp_path):
 
 
 def test_a_predictor_of_another_family(trained, tmp_path):
-    flags = ("--labels", trained[0], "--avg_bits", 4, "--output", tmp_path / "c.pkl")
+    flags = ("--scores", trained[0], "--avg_bits", 4, "--output", tmp_path / "c.pkl")
     code, printed = run_here("build_config.py", "--family", "dit", *flags)
     assert code == 2 and "is a predictor of pixart_alpha, not of dit" in printed
     code, printed = run_here("build_config.py", "--family", "pixart_alpha", *flags[:2], "--avg_bits", 2, *flags[4:])
@@ -150,7 +157,7 @@ def test_without_labels(mq, tmp_path, monkeypatch, every):
 
     monkeypatch.setattr(score_sources, "measure", sparing)
     said, output = tmp_path / "said.pt", tmp_path / "c.pkl"
-    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--labels", "none", "--steps", 2)
+    flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", mq, "--scores", "none", "--steps", 2)
     flags += ("--n_imgs", 1, "--calls", 1, "--sensitivity", said, "--avg_bits", 4, "--output", output)
     code, printed = run_here("build_config.py", *flags)
     assert code == 0 and ("average 3.99" in printed or "average 4.000" in printed), printed

@@ -1,7 +1,6 @@
 """What flags and small files tell to be wrong is told before a model, or the reference, is read."""
 
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from models.families import FAMILIES
 from quant import config, multiquantizer
 from quant.entries import fit_entry
 from quant.files import check_writable
-from stages import build_config, eval_random, plot_insights, sampling, score_sources
+from stages import build_config, plot_insights, q_config, sampling, score_sources
+from stages.labelling import eval_random
 
-NONE = ("--model_id", "embedded", "--labels", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
+NONE = ("--model_id", "embedded", "--scores", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_labelling_by_prompts(flags, message, tiny_mq, tmp_path, run_script, not
         (build_config, ("--multi_chkpt", "{bad}/part.pt"), "part.pt: 1 of 201 layers are missing"),
         (build_config, ("--avg_bits", "2"), "--avg_bits 2: the smallest configuration of dit has"),
         (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
-        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --labels none was told"),
+        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --scores none was told"),
         (build_config, ("--sensitivity", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{root}/README.md/c.pkl"), "c.pkl: cannot be written"),
@@ -123,12 +123,11 @@ def test_without_labels_by_prompts(tiny_mq, run_script, nothing_is_loaded):
 @pytest.mark.parametrize("flag", ["prompts_key", "hand_over", "lora_key", "scheduler", "multiquantizer_key", "guidance"])
 def test_sensitivities_measured_otherwise_are_refused(tmp_path, flag):
     measured = {"a": (torch.zeros(6), torch.zeros(6, 4))}
-    args = SimpleNamespace(**dict.fromkeys(score_sources.FLAGS, 1), sensitivity=tmp_path / "said.pt")
-    torch.save({"flags": dict.fromkeys(score_sources.FLAGS, 1), "weights": measured}, args.sensitivity)
-    assert list(score_sources.read_measured(args)) == ["a"]
-    setattr(args, flag, 2)
+    flags, path = dict.fromkeys(score_sources.FLAGS, 1), tmp_path / "said.pt"
+    torch.save({"flags": flags, "weights": measured}, path)
+    assert list(score_sources.read_measured(path, flags)) == ["a"]
     with pytest.raises(InputError, match=f"was measured with {flag} 1, not 2; give another --sensitivity"):
-        score_sources.read_measured(args)
+        score_sources.read_measured(path, flags | {flag: 2})
 
 
 def test_a_file_that_can_be_written(tmp_path):
@@ -141,10 +140,10 @@ def test_configurations_that_load(tmp_path, load_tiny):
     _, slots, entries = load_tiny("dit")
     for name, left_out in (("all.pkl", ()), ("free.pkl", [key for key, slot in slots.items() if slot.tie != key])):
         config.save({key: "mse-4" for key in slots if key not in left_out}, tmp_path / name)
-        config.load(tmp_path / name, slots)
-        config.check_file(tmp_path / name, entries, FAMILIES["dit"])
-        config.check_file(tmp_path / name, None, FAMILIES["dit"])
-    config.check_file("uniform:kmeans-3", entries, FAMILIES["dit"])
+        q_config.load(tmp_path / name, slots)
+        q_config.check(tmp_path / name, entries, FAMILIES["dit"])
+        q_config.check(tmp_path / name, None, FAMILIES["dit"])
+    q_config.check("uniform:kmeans-3", entries, FAMILIES["dit"])
 
 
 def test_entries_of_a_file(tiny_mq, tmp_path):

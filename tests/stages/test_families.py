@@ -17,7 +17,8 @@ from models.families import FAMILIES
 from models.pipelines import load_denoiser
 from quant import config
 from quant.slots import find_slots
-from stages import eval_random, infer, labeller, multiquantizer
+from stages import infer, multiquantizer
+from stages.labelling import eval_random, labeller
 
 STAGES = {"multiquantizer": multiquantizer, "eval_random": eval_random, "infer": infer}
 INFER = {  # as in the published README
@@ -134,7 +135,8 @@ def test_the_six_scripts_of_a_stage_differ_only_by_family(stage):
         tree = ast.parse((ROOT / "scripts" / f"{name}_{stage}.py").read_text())
         assert FAMILIES[name].title in ast.get_docstring(tree)
         bodies.add(ast.unparse(tree.body[1:]).replace(repr(name), "FAMILY"))
-    assert bodies == {f"from stages.run import run_script\nif __name__ == '__main__':\n    run_script('{stage}', FAMILY)"}
+    module = STAGES[stage].__name__.removeprefix("stages.")
+    assert bodies == {f"from stages.run import run_script\nif __name__ == '__main__':\n    run_script('{module}', FAMILY)"}
 
 
 def test_scripts_name_two_commands():
@@ -187,7 +189,7 @@ def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
     denoiser = load_denoiser(FAMILIES["sdxl"], "embedded", torch.device("cpu"))
     monkeypatch.setattr(multiquantizer, "load_denoiser", lambda *_: denoiser)  # once: fitting leaves it as it is
-    parts = FAMILIES["sdxl"].parts
+    parts = FAMILIES["sdxl"].prefixes
     for prefix in parts:
         code, printed = run_script(multiquantizer, "sdxl", "--model_id", "embedded", "--prefix", prefix)
         assert code == 0 and (tmp_path / "multiquantizers" / f"sdxl_embedded_{prefix}_mq.pt").exists()
@@ -208,15 +210,16 @@ def test_clip_score_is_a_seventh_key_only_when_asked_for(in_workplace, monkeypat
     family, _ = in_workplace
 
     class FixedScore:
-        def __init__(self, model_id, device):
-            self.model_id = model_id
+        def __init__(self, model, processor, device):
+            pass
 
         def scores(self, images, prompts):
             assert len(images) == len(prompts) == 2
             return np.array([20.0, 30.0])
 
+    monkeypatch.setattr(labeller, "ClipScore", FixedScore)
     for module in (labeller, eval_random):
-        monkeypatch.setattr(module, "ClipScore", FixedScore)
+        monkeypatch.setattr(module, "load_clip", lambda model_id: (None, None))
     flags = ("--model_id", "embedded", "--num_archs", 1, "--n_imgs", 2, "--steps", 1, "--outdir", tmp_path, "--clip_score")
     assert run_script(eval_random, family.name, *flags)[0] == 0
     (row,) = quant_cache.load(tmp_path / "quant_cache.pkl")

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, script
 from PIL import Image
 
-from evaluation import images
+from models import drawing
 from models.pipelines import Sampler
 from quant.exchangeable import ExchangeableLayer
 from quant.layers import PackedLayer
@@ -61,7 +61,7 @@ class Batches:
 
     def __call__(self, sampler, prompts, settings, name, first, last):
         self.asked += [(name, index) for index in range(first, last)]
-        for batch in images.generate_batches(sampler, prompts, settings, name, first, last):
+        for batch in drawing.generate_batches(sampler, prompts, settings, name, first, last):
             if self.stop_after == 0:
                 raise KeyboardInterrupt
             self.stop_after = self.stop_after and self.stop_after - 1

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import EVAL
 
-from evaluation import images
-from stages import eval_random, labeller
+from models import drawing
+from stages.labelling import eval_random, labeller
 from stages.library_notes import library_notes
 
 
@@ -51,7 +51,7 @@ def test_a_labelling_run_logs_each_once(mq, tmp_path, run_script, monkeypatch, o
     """They come with every batch of every configuration."""
 
     def generate_batches(*args, **kwargs):
-        for batch in images.generate_batches(*args, **kwargs):
+        for batch in drawing.generate_batches(*args, **kwargs):
             warn_as_libraries_do()
             yield batch
 

@@ -164,7 +164,7 @@ def test_another_build_that_ends_first_is_kept(tmp_path, family, monkeypatch):
 
 def test_parts_and_what_they_are_joined_to_are_kept(tmp_path, fit):
     path = tmp_path / "sdxl_mq.pt"
-    for prefix in SDXL.parts:
+    for prefix in SDXL.prefixes:
         assert fit(0, path, "--prefix", prefix, family="sdxl")[0] == 0
     assert path.exists()
     before = {each: each.read_bytes() for each in tmp_path.iterdir()}

@@ -95,7 +95,7 @@ def test_debug_shows_the_traceback_with_what_was_hidden(monkeypatch, capsys):
 def test_every_script_runs_a_stage_by_its_name(path):
     """That is what gives a script --debug and its one line, failures to import included."""
     stage, *families = [word.strip('",') for word in path.read_text().partition("run_script(")[2].rstrip(")\n").split()]
-    assert (ROOT / "stages" / f"{stage}.py").exists() and set(families) <= set(FAMILIES)
+    assert (ROOT / "stages" / f"{stage.replace('.', '/')}.py").exists() and set(families) <= set(FAMILIES)
 
 
 def test_a_package_that_is_not_there_is_one_line(tmp_path):
@@ -112,7 +112,7 @@ def test_every_stage_has_the_flag(monkeypatch, capsys, name):
     stage = importlib.import_module(f"stages.{name}")
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
-        stage.main(*([FAMILIES["sdxl"]] if name in ("multiquantizer", "eval_random", "infer") else []))
+        stage.main(*([FAMILIES["sdxl"]] if name in ("multiquantizer", "labelling.eval_random", "infer") else []))
     assert "--debug" in capsys.readouterr().out
 
 

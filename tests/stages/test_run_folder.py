@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,10 +27,18 @@ TEXTS = [
 def test_settings_are_data(tmp_path):
     """What YAML or OmegaConf would take for something else reads back as the text that it is."""
     path = tmp_path / "sampling_config.yaml"
-    args = SimpleNamespace(seed=42, prompt=TEXTS, again=TEXTS, folder=Path("a/${b}"), eta=1e-05, guidance=7.5, res=None)
-    save_settings(args, path)
+    flags = {
+        "seed": 42,
+        "prompt": TEXTS,
+        "again": TEXTS,
+        "folder": Path("a/${b}"),
+        "eta": 1e-05,
+        "guidance": 7.5,
+        "res": None,
+    }
+    save_settings(flags, path)
     settings = read_settings(path)
-    assert settings == vars(args) | {"folder": "a/${b}"}
+    assert settings == flags | {"folder": "a/${b}"}
     assert settings.seed == 42 and settings.get("res", 1) is None and settings.get("none") is None
     with pytest.raises(AttributeError):
         _ = settings.none
@@ -39,7 +46,7 @@ def test_settings_are_data(tmp_path):
 
 @pytest.mark.parametrize("text", ["12", "1e3", "null", "a: b", "plain", "a 😀\nb"])
 def test_settings_are_read_by_other_readers(tmp_path, text):
-    save_settings(SimpleNamespace(seed=1, prompt=[text], pack=True), tmp_path / "x.yaml")
+    save_settings({"seed": 1, "prompt": [text], "pack": True}, tmp_path / "x.yaml")
     assert OmegaConf.load(tmp_path / "x.yaml") == {"seed": 1, "prompt": [text], "pack": True}
 
 

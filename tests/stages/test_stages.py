@@ -13,11 +13,13 @@ from conftest import EVAL, ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluation import images, quant_cache
+from evaluation import quant_cache
+from models import drawing
 from models.pipelines import load_denoiser
 from quant import config
 from quant.slots import find_slots
-from stages import eval_random, infer, labeller, multiquantizer
+from stages import infer, multiquantizer
+from stages.labelling import eval_random, labeller
 from stages.run_folder import only_run_in
 
 
@@ -75,7 +77,7 @@ def test_images_of_no_numbers_are_labelled_so_and_the_run_goes_on(mq, tmp_path, 
 
     def generate_batches(*args, **kwargs):
         made.append(args[3])
-        for batch in images.generate_batches(*args, **kwargs):
+        for batch in drawing.generate_batches(*args, **kwargs):
             yield batch._replace(broken=batch.broken | (args[3] == "config_001"))
 
     monkeypatch.setattr(labeller, "generate_batches", generate_batches)
@@ -91,7 +93,7 @@ def test_images_of_no_numbers_are_labelled_so_and_the_run_goes_on(mq, tmp_path, 
 
 def test_a_broken_full_precision_ends_the_run(mq, tmp_path, run_script, monkeypatch):
     def generate_batches(*args, **kwargs):
-        for batch in images.generate_batches(*args, **kwargs):
+        for batch in drawing.generate_batches(*args, **kwargs):
             yield batch._replace(broken=~batch.broken)
 
     monkeypatch.setattr(labeller, "generate_batches", generate_batches)

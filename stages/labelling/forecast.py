@@ -9,8 +9,8 @@ from errors import InputError
 from models import geometry
 from models.facts import native_pixels
 from models.pipelines import compute_dtype, height_width, is_embedded, model_of
-from stages import halving
 from stages.common import log
+from stages.labelling import successive_halving
 
 INCEPTION_FEATURES, DIGIT_FEATURES = 2048, 64  # of an image
 PNG_SHARE = 0.5  # of its raw pixels that an image's file takes, about
@@ -101,7 +101,7 @@ def most_images(args):
     """Images of configurations that are measured and not yet in a row, at most."""
     if not args.budget_images:
         return 2 * (args.workers or 1) * args.n_imgs
-    return max(count * images for count, images in halving.stages(args, args.num_archs))
+    return max(count * images for count, images in successive_halving.stages(args, args.num_archs))
 
 
 def prompt_bytes(args, family, device):

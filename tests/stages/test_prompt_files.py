@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 from errors import InputError
-from evaluation import prompts
+from stages import prompt_files
 
 REAL_CAPTIONS = ROOT.parent / "shared" / "data" / "coco" / "captions_val2017.json"
 
@@ -37,7 +37,7 @@ def lines(tmp_path):
 def refusal(path, count=1):
     """The message of the error, which must be one line that names the file."""
     with pytest.raises(InputError) as caught:
-        prompts.load(path, count)
+        prompt_files.load(path, count)
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"{path}: ")
     return message
@@ -45,31 +45,31 @@ def refusal(path, count=1):
 
 def test_first_captions_in_file_order(captions):
     path = captions(["a zebra", " an apple.\n", "a zebra", "a bus"])
-    assert prompts.load(path, 3) == ["a zebra", "an apple.", "a zebra"]
-    assert prompts.load(str(path), 4)[-1] == "a bus"
+    assert prompt_files.load(path, 3) == ["a zebra", "an apple.", "a zebra"]
+    assert prompt_files.load(str(path), 4)[-1] == "a bus"
 
 
 def test_only_captions_in_use_are_checked(captions):
     path = captions(["a zebra", None])
-    assert prompts.load(path, 1) == ["a zebra"]
+    assert prompt_files.load(path, 1) == ["a zebra"]
     assert "annotations[1]" in refusal(path, 2)
 
 
 def test_lines_without_blank_ones(lines):
     path = lines("one cat \n\n  \t\r\n two dogs\r\ndrei Vögel, 三只鸟")
-    assert prompts.load(path, 3) == ["one cat", "two dogs", "drei Vögel, 三只鸟"]
+    assert prompt_files.load(path, 3) == ["one cat", "two dogs", "drei Vögel, 三只鸟"]
 
 
 def test_lines_are_used_in_turn(lines):
-    assert prompts.load(lines("a\nb\nc\n"), 7) == ["a", "b", "c", "a", "b", "c", "a"]
-    assert prompts.load(lines("a\nb\nc\n"), 2) == ["a", "b"]
+    assert prompt_files.load(lines("a\nb\nc\n"), 7) == ["a", "b", "c", "a", "b", "c", "a"]
+    assert prompt_files.load(lines("a\nb\nc\n"), 2) == ["a", "b"]
 
 
 def test_byte_order_mark_is_no_part_of_a_prompt(lines, captions):
-    assert prompts.load(lines("a cat".encode("utf-8-sig")), 1) == ["a cat"]
+    assert prompt_files.load(lines("a cat".encode("utf-8-sig")), 1) == ["a cat"]
     path = captions(["a dog"])
     path.write_bytes(path.read_text().encode("utf-8-sig"))
-    assert prompts.load(path, 1) == ["a dog"]
+    assert prompt_files.load(path, 1) == ["a dog"]
 
 
 def test_too_few_captions(captions):
@@ -116,14 +116,14 @@ def test_text_that_holds_no_prompts(lines, tmp_path):
 
 
 def test_key_tells_prompts_apart():
-    assert prompts.key(["a", "b"]) == prompts.key(("a", "b"))
-    assert len(prompts.key(["a"])) == 32 and int(prompts.key(["a"]), 16)
+    assert prompt_files.key(["a", "b"]) == prompt_files.key(("a", "b"))
+    assert len(prompt_files.key(["a"])) == 32 and int(prompt_files.key(["a"]), 16)
     others = (["a", "b"], ["b", "a"], ["ab"], ["a, b"], ['a", "b'], ["a\nb"], ["a", "b", ""], [])
-    assert len({prompts.key(other) for other in others}) == len(others)
+    assert len({prompt_files.key(other) for other in others}) == len(others)
 
 
 def test_key_is_the_same_in_every_run():
-    assert prompts.key(["ein Vögelchen", "三只鸟"]) == "808f469b446f99bf7c43ab8ad1bc8fc7"
+    assert prompt_files.key(["ein Vögelchen", "三只鸟"]) == "808f469b446f99bf7c43ab8ad1bc8fc7"
 
 
 def test_paths_from_the_environment(monkeypatch):
@@ -139,8 +139,8 @@ def test_paths_from_the_environment(monkeypatch):
 
 @pytest.mark.skipif(not REAL_CAPTIONS.exists(), reason="no real captions here")
 def test_real_captions():
-    everything = prompts.load(REAL_CAPTIONS, 25_014)
-    assert all(everything) and everything[:1000] == prompts.load(REAL_CAPTIONS, 1000)
+    everything = prompt_files.load(REAL_CAPTIONS, 25_014)
+    assert all(everything) and everything[:1000] == prompt_files.load(REAL_CAPTIONS, 1000)
     assert everything[0] == "A black Honda motorcycle parked in front of a garage."
     assert "holds 25014 captions" in refusal(REAL_CAPTIONS, 25_015)
 
@@ -178,20 +178,20 @@ THREE = ["a red seven", "“two”, drei Vögel", "4"]
 )
 def test_prompts_of_tables(lines, name, content):
     path = lines(content, name)
-    assert prompts.load(path, 3) == THREE
-    assert prompts.load(path, 7) == [*THREE, *THREE, THREE[0]]  # used in turn
+    assert prompt_files.load(path, 3) == THREE
+    assert prompt_files.load(path, 7) == [*THREE, *THREE, THREE[0]]  # used in turn
 
 
 def test_line_breaks_and_quotation_marks_in_a_cell(lines):
     path = lines('id,prompt\n1,"a handwritten 3,\nwhite on ""green"""\n2,a sign "stop"\n', "x.csv")
-    assert prompts.load(path, 2) == ['a handwritten 3,\nwhite on "green"', 'a sign "stop"']
+    assert prompt_files.load(path, 2) == ['a handwritten 3,\nwhite on "green"', 'a sign "stop"']
 
 
 def test_quotation_marks_that_belong_to_a_prompt(lines):
     """PartiPrompts has one that begins so."""
     path = lines('Prompt\tNote\n"STOP" painted on a wall\t\na cat\t"x\n', "parti.tsv")
-    assert prompts.load(path, 2) == ['"STOP" painted on a wall', "a cat"]
-    assert prompts.load(lines('Prompt\tNote\n"a ""cat"""\tx\n', "quoted.tsv"), 1) == ['a "cat"']
+    assert prompt_files.load(path, 2) == ['"STOP" painted on a wall', "a cat"]
+    assert prompt_files.load(lines('Prompt\tNote\n"a ""cat"""\tx\n', "quoted.tsv"), 1) == ['a "cat"']
 
 
 @pytest.mark.parametrize(
@@ -236,13 +236,13 @@ def test_what_is_refused(lines, name, content, what):
 
 def test_comments_are_no_prompts_and_hashtags_are(lines, caplog):
     path = lines("# my prompts\n\na red seven\n#sunset over a lake\n  ## more\n#\n")
-    assert prompts.load(path, 2) == ["a red seven", "#sunset over a lake"]
+    assert prompt_files.load(path, 2) == ["a red seven", "#sunset over a lake"]
     assert "left out as comments" in caplog.text and caplog.text.rstrip().endswith(": 3")
 
 
 def test_plain_lines_are_not_taken_for_something_else(lines, caplog):
     plain = ["a cat, text", "[a cat] (a dog:1.3)", "{a cat}", "a dog\ton a mat", '"a cat"', "prompt: a cat"]
-    assert prompts.load(lines("\n".join(plain)), 6) == plain and not caplog.text
+    assert prompt_files.load(lines("\n".join(plain)), 6) == plain and not caplog.text
 
 
 def test_karpathys_captions(lines):
@@ -253,7 +253,7 @@ def test_karpathys_captions(lines):
 
     images = [image("train", "x"), image("test", "a1", "a2 "), image("restval", "y"), image("test", "b1"), image("val", "z")]
     path = lines(json.dumps({"images": images, "dataset": "coco"}), "dataset_coco.json")
-    assert prompts.load(path, 3) == ["a1", "b1", "a2"]
+    assert prompt_files.load(path, 3) == ["a1", "b1", "a2"]
     assert "holds 3 captions and 4 are needed" in refusal(path, 4)
     path = lines(json.dumps({"images": images[2:3] + images[4:]}), "others.json")
-    assert prompts.load(path, 2) == ["y", "z"]
+    assert prompt_files.load(path, 2) == ["y", "z"]

@@ -17,9 +17,9 @@ import torch
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from errors import InputError, first_line
-from stages.baseline import Baseline
 from stages.common import log
-from stages.labeller import Labeller, encode
+from stages.labelling.full_precision import FullPrecision
+from stages.labelling.labeller import Labeller, encode
 from stages.library_notes import library_notes
 
 MOST_DEATHS = 3  # of workers at the same task, until the task is to blame
@@ -82,10 +82,12 @@ class RayWorkers:
             except RayActorError:
                 self.replace(hand)
 
-    def run(self, tasks, baseline, drawn):
+    def run(self, tasks, full_precision, drawn):
         """Yield (task, arrays, seconds by phase) of each task as it is done, in any order; `drawn` is told its images."""
         # Arrays in shared memory: one copy per machine.
-        shared = None if baseline is None else ray.put(Baseline(baseline.images[:], baseline.latents[:], None))
+        shared = None
+        if full_precision is not None:
+            shared = ray.put(FullPrecision(full_precision.images[:], full_precision.latents[:], None))
         left = TasksLeft(tasks)
         while left or any(hand.running for hand in self.hands):
             self.give_out(left, shared)
@@ -182,9 +184,9 @@ class Worker:
     def describe(self, indices):
         return self.labeller.describe(indices)
 
-    def measure(self, task, baseline):
+    def measure(self, task, full_precision):
         """What `Labeller.measure` has, and what was noted until then."""
-        measured = self.labeller.measure(task, baseline)
+        measured = self.labeller.measure(task, full_precision)
         notes = list(self.notes)
         self.notes.clear()
         return *measured, notes

@@ -10,8 +10,8 @@ from conftest import EVAL
 
 from errors import InputError
 from models.families import FAMILIES
-from stages import eval_random, forecast, halving
 from stages.common import log
+from stages.labelling import eval_random, forecast, successive_halving
 
 CPU = torch.device("cpu")
 FLAGS = {"workers": None, "ray_address": None, "keep_samples": False, "q_config": [], "budget_images": []}
@@ -31,9 +31,9 @@ def test_times(seconds, said):
 def test_images_of_successive_halving():
     """500 on 100 images, a third of them on 200 more, three tenths of those on 700 more."""
     args = args_of(budget_images=[100, 300])
-    assert halving.stages(args, 500) == [(500, 100), (166, 300), (49, 1000)]
-    assert [halving.images_from(stage, args, 500) for stage in range(3)] == [117_500, 67_500, 34_300]
-    assert halving.images_from(0, args_of(), 500) == 500_000
+    assert successive_halving.stages(args, 500) == [(500, 100), (166, 300), (49, 1000)]
+    assert [successive_halving.images_from(stage, args, 500) for stage in range(3)] == [117_500, 67_500, 34_300]
+    assert successive_halving.images_from(0, args_of(), 500) == 500_000
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import itertools
 import math
 
 from errors import InputError
-from evaluation import jsonl
 from stages.common import log
-from stages.labeller import name_of
+from stages.labelling import json_lines
+from stages.labelling.labeller import name_of
 
 
 def check(args):
@@ -41,18 +41,18 @@ def survivors(labelling, args):
     """The configurations that are measured on all images: all of them, unless --budget_images says otherwise."""
     indices = list(labelling.indices)
     path = args.outdir / "quant_labels_partial.jsonl"
-    lines = jsonl.load(path)
+    lines = json_lines.load(path)
     for stage, (images, following) in enumerate(itertools.pairwise([*args.budget_images, args.n_imgs]), start=1):
         fids = {line["configuration"] - 1: line["FID"] for line in lines if line["images"] == images}
         later = images_from(stage, args, len(labelling.indices))
         for index in labelling.measured([index for index in indices if index not in fids], images, later):
             lines.append(label(labelling, index, images))
             fids[index] = lines[-1]["FID"]
-            jsonl.save(lines, path)
+            json_lines.save(lines, path)
         going_on = stages(args, len(labelling.indices))[stage][0]
         better = sorted(indices, key=lambda index: rank(fids[index]))[:going_on]
         for index in set(indices) - set(better):
-            labelling.parts.drop(labelling.tasks(index, images))
+            labelling.results.drop(labelling.tasks(index, images))
         log.info("%d of %d configurations go on from %d images to %d", len(better), len(indices), images, following)
         indices = sorted(better)
     return indices
@@ -61,7 +61,7 @@ def survivors(labelling, args):
 def label(labelling, index, images):
     """The line of a configuration labelled on its first `images` images."""
     tasks = labelling.tasks(index, images)
-    arrays = {name: array[:images] for name, array in labelling.parts.load_all(tasks).items()}
+    arrays = {name: array[:images] for name, array in labelling.results.load_all(tasks).items()}
     labels = labelling.labels(name_of(index), arrays)
     row = labelling.planned[index]
     return {

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import matplotlib
 
-from evaluation import jsonl, quant_cache
-from quant import config
+from evaluation import quant_cache
 from quant.files import atomic_write
-from stages import label_runs
 from stages.common import OneLineParser, at_least
+from stages.labelling import json_lines, label_runs
 
 FID = "FID-GT-1k"
 INK, GRAY, ACCENT = "#222222", "#8a8f98", "#c2410c"
@@ -57,7 +56,7 @@ def rows_of(runs):
         for run in runs
         for number, numbers in enumerate(run.numbers(), start=1)
     ]
-    return sorted(flat, key=config.by_fid)
+    return sorted(flat, key=quant_cache.by_fid)
 
 
 def text_table(table, full_precision):
@@ -148,5 +147,5 @@ def merge(runs, outdir):
         proxies += [line | {"row": before + number} for number, line in sorted(run.proxies.items())]
         before += len(run.rows)
     quant_cache.save(rows, outdir / "quant_cache.pkl")
-    jsonl.save(proxies, outdir / "quant_proxies.jsonl")
+    json_lines.save(proxies, outdir / "quant_proxies.jsonl")
     return [outdir / "quant_cache.pkl", outdir / "quant_proxies.jsonl"]

@@ -8,7 +8,7 @@ import numpy as np
 from quant.files import atomic_write
 
 
-class Baseline(NamedTuple):
+class FullPrecision(NamedTuple):
     """What full precision draws for each prompt, number by number."""
 
     images: np.ndarray  # uint8 [N, H, W, 3]
@@ -17,16 +17,16 @@ class Baseline(NamedTuple):
 
 
 def load(folder, count):
-    """The baseline of `count` images, read from disk as it is used; None if it is not there, or damaged."""
+    """What is kept of `count` images, read from disk as it is used; None if it is not there, or damaged."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        arrays = [np.load(_path(folder, name), mmap_mode="r", allow_pickle=False) for name in Baseline._fields]
+        arrays = [np.load(_path(folder, name), mmap_mode="r", allow_pickle=False) for name in FullPrecision._fields]
         if all(len(array) == count for array in arrays):
-            return Baseline(*arrays)
+            return FullPrecision(*arrays)
     return None
 
 
 def save(folder, arrays):
-    for name in Baseline._fields:
+    for name in FullPrecision._fields:
         with atomic_write(_path(folder, name)) as file:
             np.save(file, arrays[name])
 

@@ -1,4 +1,4 @@
-"""A picture of all six embedded models at full precision, 4 and 3 bits: `python -m models.embedded.gallery`.
+"""A picture of all six embedded models at full precision, 4 and 3 bits: `python -m benchmarks.gallery`.
 
 Writes assets/gallery.png: a line per model, the same prompts (digits, for DiT) and noise under three
 headings, all weights under K-Means-C at 4 and UAQ at 3 bits.
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from models.embedded.measure import make_pictures, prompts_and_answers
+from benchmarks.embedded_quality import make_pictures, prompts_and_answers
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
 from quant.model import QuantizedModel

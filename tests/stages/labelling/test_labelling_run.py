@@ -15,11 +15,12 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from errors import InputError
-from evaluation import fid, jsonl, quant_cache
+from evaluation import quant_cache
+from models.embedded.judge import digit_reference_folder
 from models.pipelines import Sampler
-from stages import eval_random, halving, labeller
-from stages.labeller import Task
-from stages.parts import Parts
+from stages.labelling import eval_random, json_lines, labeller, successive_halving
+from stages.labelling.labeller import Task
+from stages.labelling.task_results import TaskResults
 
 TASKS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2)  # three tasks per configuration
 
@@ -31,7 +32,7 @@ def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):
     names = ("full_precision", "config_000", "config_001")
     pictures = [[np.asarray(Image.open(file)) for file in sorted((tmp_path / "samples" / name).iterdir())] for name in names]
     originals, *configurations = (np.stack(each) / 255 for each in pictures)
-    lines = jsonl.load(tmp_path / "quant_proxies.jsonl")
+    lines = json_lines.load(tmp_path / "quant_proxies.jsonl")
     assert [(line["row"], line["configuration"], line["images"]) for line in lines] == [(1, 1, 12), (2, 2, 12)]
     for line, images in zip(lines, configurations, strict=True):
         mse = ((images - originals) ** 2).mean(axis=(1, 2, 3))
@@ -47,20 +48,20 @@ def test_proxies_are_those_of_the_pictures(mq, tmp_path, run_script):
 
 
 def test_only_what_is_missing_is_measured(tmp_path, made_up_labels):
-    """A run cut off between tasks goes on from the parts; a damaged or foreign one is measured again."""
+    """A run cut off between tasks goes on from the results; a damaged or foreign one is measured again."""
     flags = (*TASKS, "--num_archs", 1)
     code, printed, measured = made_up_labels(*flags, "--outdir", tmp_path / "whole")
     assert code == 0 and measured == [Task(index, first, first + 4) for index in (None, 0) for first in (0, 4, 8)], printed
     flags = (*flags, "--outdir", tmp_path / "cut")
     code, printed, _ = made_up_labels(*flags, last=Task(0, 8, 12))
     assert code == 130 and "the same command goes on" in printed and "where the time went" in printed
-    parts = Parts(tmp_path / "cut" / "parts")
-    parts.path(Task(0, 0, 4)).write_bytes(parts.path(Task(0, 0, 4)).read_bytes()[:-50])
+    results = TaskResults(tmp_path / "cut" / "parts")
+    results.path(Task(0, 0, 4)).write_bytes(results.path(Task(0, 0, 4)).read_bytes()[:-50])
     code, _, measured = made_up_labels(*flags)
     assert code == 0 and measured == [Task(0, 0, 4), Task(0, 8, 12)]
     for name in ("quant_cache.pkl", "quant_proxies.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not parts.folder.exists()
+    assert not results.folder.exists()
 
 
 def test_images_are_judged_beside_the_making_of_the_next(labels, mq, tmp_path, run_script, monkeypatch):
@@ -97,7 +98,7 @@ def largest_file(count_bytes):
 def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp_path, run_script):
     """Files may not grow over 100 kB: full precision's pictures do not fit."""
     flags = (*EVAL, "--multi_chkpt", mq, "--outdir", tmp_path, "--num_archs", 3)
-    fid.digit_reference_folder()  # kept for all runs, and not what is tested
+    digit_reference_folder()  # kept for all runs, and not what is tested
     with largest_file(100_000):
         code, printed = run_script(eval_random, "dit", *flags)
     assert code == 2 and "Traceback" not in printed
@@ -108,11 +109,11 @@ def test_full_disk_ends_in_a_line_and_the_run_goes_on_with_space(labels, mq, tmp
 
 
 def test_parts_of_another_length_are_not_used(tmp_path):
-    parts, task = Parts(tmp_path), Task(7, 4, 8)
-    parts.save(task, {"features": np.zeros((4, 3)), "ssim": np.ones(4)})
-    assert set(parts.load(task)) == {"features", "ssim"} and parts.load(Task(7, 0, 4)) is None
-    parts.save(task, {"features": np.zeros((3, 3)), "ssim": np.ones(3)})
-    assert parts.load(task) is None
+    results, task = TaskResults(tmp_path), Task(7, 4, 8)
+    results.save(task, {"features": np.zeros((4, 3)), "ssim": np.ones(4)})
+    assert set(results.load(task)) == {"features", "ssim"} and results.load(Task(7, 0, 4)) is None
+    results.save(task, {"features": np.zeros((3, 3)), "ssim": np.ones(3)})
+    assert results.load(task) is None
 
 
 def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
@@ -121,7 +122,7 @@ def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
     flags = (*every, "--outdir", tmp_path, "--budget_images", 4)
     code, printed, measured = made_up_labels(*flags)
     assert code == 0 and "2 of 6 configurations go on from 4 images to 12" in printed
-    lines = jsonl.load(tmp_path / "quant_labels_partial.jsonl")
+    lines = json_lines.load(tmp_path / "quant_labels_partial.jsonl")
     assert [(line["configuration"], line["images"]) for line in lines] == [(number, 4) for number in range(1, 7)]
     better = sorted(sorted(range(6), key=lambda index: lines[index]["FID"])[:2])
     assert [task for task in measured if task.index is not None] == [
@@ -129,7 +130,7 @@ def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
         *(Task(index, first, first + 4) for index in better for first in (4, 8)),
     ]
     rows = quant_cache.load(tmp_path / "quant_cache.pkl")
-    assert [line["configuration"] - 1 for line in jsonl.load(tmp_path / "quant_proxies.jsonl")] == better
+    assert [line["configuration"] - 1 for line in json_lines.load(tmp_path / "quant_proxies.jsonl")] == better
     assert made_up_labels(*every, "--outdir", tmp_path / "whole")[0] == 0
     everything = quant_cache.load(tmp_path / "whole" / "quant_cache.pkl")
     assert rows == [everything[index] for index in better]
@@ -143,28 +144,28 @@ def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
 @pytest.mark.parametrize("schedule", [[12], [4, 4], [6, 4], [4, 20]])
 def test_halving_schedules_that_do_not_grow(schedule):
     with pytest.raises(InputError, match="must grow"):
-        halving.check(SimpleNamespace(budget_images=schedule, n_imgs=12))
+        successive_halving.check(SimpleNamespace(budget_images=schedule, n_imgs=12))
 
 
 def test_what_is_no_number_ranks_last():
-    assert sorted([math.nan, 2.0, None, 1.0], key=halving.rank)[:2] == [1.0, 2.0]
+    assert sorted([math.nan, 2.0, None, 1.0], key=successive_halving.rank)[:2] == [1.0, 2.0]
 
 
 def test_json_lines(tmp_path):
     path = tmp_path / "lines.jsonl"
-    assert jsonl.load(path) == []
-    jsonl.save([{"a": 1.5, "b": math.nan}, {"a": 2}], path)
+    assert json_lines.load(path) == []
+    json_lines.save([{"a": 1.5, "b": math.nan}, {"a": 2}], path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1.5, "b": None}, {"a": 2}]
     path.write_bytes(path.read_bytes() + b'{"a": 3')
-    assert jsonl.load(path) == [{"a": 1.5, "b": None}, {"a": 2}]
+    assert json_lines.load(path) == [{"a": 1.5, "b": None}, {"a": 2}]
 
 
 def test_parts_of_an_earlier_version_count_as_far_as_they_tell(tmp_path):
-    parts, tasks = Parts(tmp_path), [Task(7, 0, 2), Task(7, 2, 4)]
-    parts.save(tasks[0], {"features": np.zeros((2, 3))})
-    parts.save(tasks[1], {"features": np.ones((2, 3)), "constant": np.array([True, False])})
+    results, tasks = TaskResults(tmp_path), [Task(7, 0, 2), Task(7, 2, 4)]
+    results.save(tasks[0], {"features": np.zeros((2, 3))})
+    results.save(tasks[1], {"features": np.ones((2, 3)), "constant": np.array([True, False])})
     for order in (tasks, tasks[::-1]):
-        assert {name: len(array) for name, array in parts.load_all(order).items()} == {"features": 4}
+        assert {name: len(array) for name, array in results.load_all(order).items()} == {"features": 4}
 
 
 def test_blackened_images_are_counted_and_the_reference_is_told(mq, tmp_path, run_script, monkeypatch):

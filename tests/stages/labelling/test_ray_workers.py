@@ -1,12 +1,12 @@
-"""Workers by Ray: the same labels whatever their number, errors in one line. Dying workers: tests/stages/test_kills.py."""
+"""Workers by Ray: the same labels whatever their number, errors in one line. Dying workers: test_kills.py."""
 
 import sys
 
 import pytest
 import torch
 
-from stages import eval_random
-from stages.labeller import Task
+from stages.labelling import eval_random
+from stages.labelling.labeller import Task
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray of these tests at a time
 FLAGS = ("--model_id", "embedded", "--n_imgs", 12, "--batch_size", 1, "--steps", 2, "--num_archs", 2)
@@ -64,13 +64,13 @@ def test_flags_that_do_not_fit(tmp_path, run_script, mq, monkeypatch, flags, mes
 
 def test_without_ray(tmp_path, run_script, mq, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "stages.ray_workers", raising=False)
+    monkeypatch.delitem(sys.modules, "stages.labelling.ray_workers", raising=False)
     code, printed = run_script(eval_random, "dit", *FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path, "--workers", 2)
     assert code == 2 and "need Ray: pip install -e '.[distributed]'" in printed
 
 
 def test_tasks_are_given_out_configuration_by_configuration():
-    from stages.ray_workers import TasksLeft
+    from stages.labelling.ray_workers import TasksLeft
 
     tasks = [Task(index, first, first + 4) for index in (0, 1) for first in (0, 4, 8)]
     left = TasksLeft(tasks)

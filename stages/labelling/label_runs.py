@@ -5,10 +5,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import InputError
-from evaluation import jsonl, quant_cache
-from stages.eval_random import LABEL_FLAGS
+from evaluation import quant_cache
+from stages.labelling import json_lines
 from stages.run_folder import read_settings
+from stages.sampling import IMAGE_FLAGS
 
+# A label depends on these flags; a run goes on only with the same ones.
+LABEL_FLAGS = (
+    *IMAGE_FLAGS,
+    "refiner_id",
+    "vae_tiling",
+    "clip_score",
+    "clip_model",
+    "a_l",
+    "a_u",
+    "published_noise",
+    "chosen_key",  # what --q_config names
+    "halving_key",  # --budget_images, and among how many configurations
+    "reference_key",  # what is in the folder of --reference
+)
 OWN_FLAGS = ("seed", "a_l", "a_u", "halving_key", "chosen_key")  # in which labels that are merged may differ
 NOT_NUMBERS = ("row", "configuration", "images")  # what else is in a line of proxies
 
@@ -39,7 +54,7 @@ def read(path):
     rows = quant_cache.load(cache)
     if not rows:
         raise InputError(f"{cache}: no labelled configurations; make them with *_eval_random.py --outdir {cache.parent}")
-    proxies = {line["row"]: line for line in jsonl.load(cache.parent / "quant_proxies.jsonl") if "row" in line}
+    proxies = {line["row"]: line for line in json_lines.load(cache.parent / "quant_proxies.jsonl") if "row" in line}
     settings = cache.parent / "sampling_config.yaml"
     return Run(cache.parent, read_settings(settings) if settings.exists() else None, rows, proxies)
 

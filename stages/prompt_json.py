@@ -4,7 +4,7 @@ import itertools
 import json
 
 from errors import first_line
-from evaluation.prompt_tables import NONE_NAMED, column_of, told
+from stages.prompt_tables import NONE_NAMED, column_of, told
 
 
 def from_json(text, count):

@@ -1,8 +1,8 @@
-"""Who does a run's tasks: this process. Several processes and machines do as stages/ray_workers.py has it."""
+"""Who does a run's tasks: this process. Several processes and machines do as stages/labelling/ray_workers.py has it."""
 
 from models import prompt_memo
 from stages.common import check_extra
-from stages.labeller import Labeller, encode
+from stages.labelling.labeller import Labeller, encode
 from stages.sampling import show_steps
 
 
@@ -19,7 +19,7 @@ def start_workers(job, device, extractor, watch):
     stored_prompts = StoredPrompts(job)
     if not needs_ray(job.args):
         return ThisProcess(job, device, extractor, stored_prompts, watch)
-    from stages.ray_workers import RayWorkers
+    from stages.labelling.ray_workers import RayWorkers
 
     return RayWorkers(job, watch, stored_prompts)
 
@@ -36,14 +36,14 @@ class ThisProcess:
     def describe(self, indices):
         return self.labeller.describe(indices)
 
-    def run(self, tasks, baseline, drawn):
+    def run(self, tasks, full_precision, drawn):
         """Yield (task, arrays, seconds by phase) of each task, as `Labeller.measure` has them.
 
         `drawn` is told how many images have come, as they come.
         """
         self.labeller.on_drawn = drawn
         for task in tasks:
-            yield task, *self.labeller.measure(task, baseline)
+            yield task, *self.labeller.measure(task, full_precision)
 
     def __enter__(self):
         return self
@@ -69,7 +69,7 @@ class StoredPrompts:
         args = job.args
         self.needed = not job.family.num_classes
         self.path = args.outdir / "prompt_embeddings.pt"
-        names = (args.model_id, getattr(args, "refiner_id", None), args.prompts_key, args.guidance)
+        names = (args.model_id, getattr(args, "refiner_id", None), job.prompts_key, args.guidance)
         more = (args.negative_prompt, args.dtype, args.lora_key)
         self.key = " ".join(map(str, (*names, *more) if any(more) else names))
 

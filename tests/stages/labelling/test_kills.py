@@ -1,7 +1,8 @@
 """Kill a labelling run at random moments, start it again until it is done, and find the undisturbed labels.
 
 Each kill is a SIGKILL of the run, or, with Ray, of the run or one of its workers. There is one in each way, and a few in
-the long tests, or more: `KILLS=50 pytest -s tests/stages/test_kills.py`. Endings at each write are in test_interruptions.py.
+the long tests, or more: `KILLS=50 pytest -s tests/stages/labelling/test_kills.py`. For endings
+at each write see test_interruptions.py.
 """
 
 import contextlib

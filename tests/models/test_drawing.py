@@ -1,11 +1,9 @@
-from argparse import Namespace
-
 import numpy as np
 import pytest
 import torch
 
 from errors import InputError
-from evaluation.images import generate, generate_batches, is_constant, noise_generators
+from models.drawing import BatchSize, SamplingSettings, generate, generate_batches, noise_generators
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
 
@@ -23,7 +21,7 @@ def sampler(request):
 def pictures(sampler, batch_size, published_noise=False, prompts=None, **settings):
     prompts = prompts or PROMPTS[sampler.family.name]
     settings = {"seed": 1, "steps": 3, "guidance": 2.0, "res": 64} | settings
-    settings = Namespace(**settings, batch_size=batch_size, published_noise=published_noise)
+    settings = SamplingSettings(**settings, batch_size=BatchSize(batch_size), published_noise=published_noise)
     return generate(sampler, prompts, settings, "pictures")
 
 
@@ -50,12 +48,6 @@ def test_published_noise_is_the_same_for_every_image(sampler):
     assert np.abs(own[0].astype(int) - own[1]).max() > 20
 
 
-def test_settings_without_published_noise(sampler):
-    settings = Namespace(seed=1, steps=3, guidance=2.0, res=64, batch_size=3)
-    images = generate(sampler, PROMPTS[sampler.family.name], settings, "pictures")
-    assert np.array_equal(images, pictures(sampler, 3))
-
-
 def test_images_are_made_a_batch_at_a_time(sampler, monkeypatch):
     """Nothing is drawn before it is asked for."""
     batches = []
@@ -66,7 +58,7 @@ def test_images_are_made_a_batch_at_a_time(sampler, monkeypatch):
 
     monkeypatch.setattr(sampler, "draw", draw)
     prompts = PROMPTS[sampler.family.name]
-    stream = generate_batches(sampler, prompts, Namespace(seed=7, steps=3, guidance=2.0, res=64, batch_size=2), "")
+    stream = generate_batches(sampler, prompts, settings(2), "")
     assert batches == []
     first = next(stream)
     assert first.images.tolist() == [[[[128] * 3] * 4] * 4] * 2 and first.indices == range(2)
@@ -75,7 +67,7 @@ def test_images_are_made_a_batch_at_a_time(sampler, monkeypatch):
 
 
 def settings(batch_size):
-    return Namespace(seed=7, steps=3, guidance=2.0, res=64, batch_size=batch_size)
+    return SamplingSettings(seed=7, steps=3, guidance=2.0, res=64, batch_size=BatchSize(batch_size))
 
 
 class Drawer:
@@ -96,7 +88,7 @@ def test_out_of_memory_halves_the_batch(error, caplog):
     run = settings(8)
     images = generate(Drawer(3, error), list(range(10)), run, "")
     assert [image[0, 0, 0] for image in images] == [round(number * 2.55) for number in range(10)]
-    assert run.batch_size == 2 and caplog.text.count("out of memory: going on with") == 2
+    assert run.batch_size.images == 2 and caplog.text.count("out of memory: going on with") == 2
 
 
 def test_out_of_memory_with_one_image_ends_in_a_line():
@@ -120,25 +112,6 @@ def test_an_image_of_no_numbers_is_told_and_black():
     assert batch.broken.tolist() == [False, True, False] and not batch.images[1].any() and batch.images[2].all()
     with pytest.raises(InputError, match=r"mine: image 2 of 3"):
         generate(Drawer(9), [1, np.nan, 3], settings(3), "mine")
-
-
-def test_images_of_one_colour_are_counted(caplog):
-    generate(Drawer(3), [1, 2, 3], settings(2), "mine")
-    assert "mine: 3 of 3 images are of one constant colour" in caplog.text
-    images = np.zeros((3, 4, 5, 3), np.uint8)
-    images[0] = (10, 200, 30)
-    images[2, 3, 4, 2] = 1  # in one channel of the last pixel
-    assert is_constant(images).tolist() == [True, True, False]
-
-
-def test_an_image_of_no_numbers_is_not_counted_as_one_of_one_colour():
-    (batch,) = generate_batches(Drawer(9), [1, np.nan], settings(3), "")
-    assert batch.constant.tolist() == [True, False]
-
-
-def test_nothing_is_said_of_ordinary_images(sampler, caplog):
-    pictures(sampler, 3)
-    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart_alpha", "sdxl"])

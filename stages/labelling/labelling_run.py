@@ -16,28 +16,27 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from errors import InputError
-from evaluation import fid, jsonl, quant_cache
-from evaluation.images import save_png, say_constant
+from evaluation import fid, quant_cache
+from evaluation.constant_images import say_constant
 from evaluation.proxies import PER_IMAGE
-from quant import config
-from quant.files import atomic_write
-from stages import baseline, halving
+from quant.files import atomic_write, save_png
 from stages.common import log
-from stages.forecast import Forecast
-from stages.labeller import Task, name_of
-from stages.parts import Parts
+from stages.labelling import full_precision, json_lines, successive_halving
+from stages.labelling.forecast import Forecast
+from stages.labelling.labeller import Task, name_of
+from stages.labelling.task_results import TaskResults
 
 TASK_BATCHES = 4  # in a task: few enough to lose little, enough that images are judged while others are made
 
 
-class Labelling:
+class LabellingRun:
     """A run in the folder --outdir."""
 
     def __init__(self, job, workers, reference, watch):
         self.args, self.workers, self.reference, self.watch = job.args, workers, reference, watch
         self.outdir = job.args.outdir
-        self.parts = Parts(self.outdir / "parts")
-        self.baseline = None
+        self.results = TaskResults(self.outdir / "parts")
+        self.full_precision = None
         self.task_images = TASK_BATCHES * self.args.batch_size  # stays when batches are halved
         self.cache_path, self.proxies_path = self.outdir / "quant_cache.pkl", self.outdir / "quant_proxies.jsonl"
         self.rows = quant_cache.load(self.cache_path)
@@ -56,7 +55,7 @@ class Labelling:
         `later` is how many images the run is going to draw after these, of what it says of its time.
         """
         wanted = {index: self.tasks(index, images) for index in indices}
-        left = {index: [task for task in each if self.parts.load(task) is None] for index, each in wanted.items()}
+        left = {index: [task for task in each if self.results.load(task) is None] for index, each in wanted.items()}
         tasks = [task for each in left.values() for task in each]
         waiting = collections.deque(indices)
 
@@ -75,7 +74,7 @@ class Labelling:
                 self.forecast.add(count)
 
             yield from complete()
-            for task, arrays, seconds in self.workers.run(tasks, self.baseline, drawn):
+            for task, arrays, seconds in self.workers.run(tasks, self.full_precision, drawn):
                 self.watch.add(seconds)
                 self.keep(task, arrays)
                 left[task.index].remove(task)
@@ -90,7 +89,7 @@ class Labelling:
                 self.keep_samples(task, arrays["images"], np.isnan(arrays["features"]).any(axis=1))
             if task.index is not None:
                 arrays.pop("images", None)
-            self.parts.save(task, arrays)
+            self.results.save(task, arrays)
 
     def keep_samples(self, task, images, broken):
         folder = self.outdir / "samples" / task.name
@@ -102,17 +101,17 @@ class Labelling:
     def measure_full_precision(self):
         """Full precision's row without its configuration; both it and its images are measured once and kept."""
         path = self.outdir / "full_precision.json"
-        self.baseline = baseline.load(self.outdir / "full_precision", self.args.n_imgs)
-        if self.baseline is not None:
+        self.full_precision = full_precision.load(self.outdir / "full_precision", self.args.n_imgs)
+        if self.full_precision is not None:
             with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
                 row = json.loads(path.read_text())
-                if isinstance(row, dict) and config.is_row(row | {"config": {}}):
+                if isinstance(row, dict) and quant_cache.is_row(row | {"config": {}}):
                     self.check_reference(row["FID-GT-1k"])
                     return row
-        self.baseline = None  # measured without one
-        later = halving.images_from(0, self.args, len(self.indices)) - len(self.rows) * self.args.n_imgs
+        self.full_precision = None  # measured without one
+        later = successive_halving.images_from(0, self.args, len(self.indices)) - len(self.rows) * self.args.n_imgs
         for _ in self.measured([None], self.args.n_imgs, max(0, later)):
-            arrays = self.parts.load_all(self.tasks(None, self.args.n_imgs))
+            arrays = self.results.load_all(self.tasks(None, self.args.n_imgs))
         row = self.planned[None] | self.labels("full_precision", arrays)
         if math.isnan(row["FID-GT-1k"]):
             raise InputError(
@@ -121,16 +120,16 @@ class Labelling:
             )
         del row["config"]
         with self.watch.phase("write"):
-            baseline.save(self.outdir / "full_precision", arrays)
+            full_precision.save(self.outdir / "full_precision", arrays)
             with atomic_write(path) as file:
                 file.write(json.dumps(row, indent=1).encode())
-            self.parts.drop(self.tasks(None, self.args.n_imgs))
-        self.baseline = baseline.load(self.outdir / "full_precision", self.args.n_imgs)
+            self.results.drop(self.tasks(None, self.args.n_imgs))
+        self.full_precision = full_precision.load(self.outdir / "full_precision", self.args.n_imgs)
         return row
 
     def check_reference(self, before):
         """InputError unless full precision's FID is what it was: labels made with other statistics do not compare."""
-        now = fid.distance(self.baseline.features, self.reference)
+        now = fid.distance(self.full_precision.features, self.reference)
         if not math.isclose(now, before, rel_tol=0.01, abs_tol=0.01):
             raise InputError(
                 f"{self.outdir}: its labels were made with other statistics of the reference images (full precision's FID "
@@ -153,7 +152,7 @@ class Labelling:
 
     def proxies(self, arrays):
         """Means over images of their distances to full precision's."""
-        features = self.baseline.features[: len(arrays["features"])]
+        features = self.full_precision.features[: len(arrays["features"])]
         per_image = {name: arrays[name] for name in PER_IMAGE}
         per_image["feature_mse"] = ((arrays["features"] - features) ** 2).mean(axis=1)
         return {"images": len(features)} | {name: float(values.mean()) for name, values in per_image.items()}
@@ -161,24 +160,24 @@ class Labelling:
     def label(self, indices):
         """The rows of the configurations, those that are not in `quant_cache.pkl` yet measured; saved as they come."""
         self.check_rows(indices)
-        proxies = [line for line in jsonl.load(self.proxies_path) if line.get("row", math.inf) <= len(self.rows)]
+        proxies = [line for line in json_lines.load(self.proxies_path) if line.get("row", math.inf) <= len(self.rows)]
         start = time.monotonic()
         for index in self.measured(indices[len(self.rows) :], self.args.n_imgs):
             tasks = self.tasks(index, self.args.n_imgs)
-            arrays = self.parts.load_all(tasks)
+            arrays = self.results.load_all(tasks)
             row = self.planned[index] | self.labels(name_of(index), arrays)
             self.rows.append(row)
             proxies.append({"row": len(self.rows), "configuration": index + 1, **self.proxies(arrays)})
             with self.watch.phase("write"):
-                jsonl.save(proxies, self.proxies_path)
+                json_lines.save(proxies, self.proxies_path)
                 quant_cache.save(self.rows, self.cache_path)
-                self.parts.drop(tasks)
+                self.results.drop(tasks)
             log.info(
                 "configuration %d: avg_bits %.3f, FID %.3f, %.0f s",
                 *(index + 1, row["avg_bits"], row["FID-GT-1k"], time.monotonic() - start),
             )
             start = time.monotonic()
-        self.parts.clear()
+        self.results.clear()
         return self.rows
 
     def check_rows(self, indices):

@@ -2,56 +2,28 @@
 
 from pathlib import Path
 
-import torch
-
 import constants
 from errors import InputError
-from evaluation import fid, prompts, quant_cache
-from evaluation.clip_score import CLIP_MODEL, ClipScore
-from evaluation.stopwatch import Stopwatch
-from models.embedded.captions import subject_prompts
+from evaluation import fid, quant_cache
+from models.clip import CLIP_MODEL, load_clip
+from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import config, multiquantizer
 from quant.files import remove_leftovers, save_text
-from stages import halving
+from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, share
-from stages.forecast import check_disk
-from stages.labeller import Job, make_extractor
-from stages.labelling import Labelling
+from stages.labelling import successive_halving
+from stages.labelling.forecast import check_disk
+from stages.labelling.label_runs import LABEL_FLAGS
+from stages.labelling.labeller import Job, make_extractor
+from stages.labelling.labelling_run import LabellingRun
+from stages.labelling.stopwatch import Stopwatch
+from stages.labelling.workers import needs_ray, start_workers
 from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
-from stages.sampling import add_sampling_flags, check_sampling, parse_sampling
-from stages.workers import needs_ray, start_workers
+from stages.sampling import add_sampling_flags, check_sampling, parse_sampling, prompts_for
 
-# What images depend on.
-IMAGE_FLAGS = (
-    "model_id",
-    "seed",
-    "n_imgs",
-    "prompts_key",  # the prompts, or class numbers, themselves
-    "res",
-    "steps",
-    "guidance",
-    "scheduler",
-    "negative_prompt",
-    "dtype",
-    "lora_key",  # scale and content of each --lora
-    "multiquantizer_key",  # what is in the file of --multi_chkpt
-)
-# A label depends on these flags; a run goes on only with the same ones.
-LABEL_FLAGS = (
-    *IMAGE_FLAGS,
-    "refiner_id",
-    "vae_tiling",
-    "clip_score",
-    "clip_model",
-    "a_l",
-    "a_u",
-    "published_noise",
-    "chosen_key",  # what --q_config names
-    "halving_key",  # --budget_images, and among how many configurations
-    "reference_key",  # what is in the folder of --reference
-)
+SETTINGS = "sampling_config.yaml"
 
 
 def main(family):
@@ -59,17 +31,26 @@ def main(family):
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     check_first(args, family, device)
-    if args.reference is None:
-        embedded = is_embedded(family, args.model_id)
-        args.reference = fid.digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
-    args.reference_key = fid.folder_key(args.reference, times=False)
-    args.multiquantizer_key = multiquantizer.file_key(args.multi_chkpt, family)
-    image_prompts = prompts_for(args, family)
-    args.prompts_key = prompts.key(image_prompts)
-    args.halving_key = f"{args.budget_images} of {args.num_archs}" if args.budget_images else None
+    reference = reference_folder(args, family)
+    job = Job(family.name, args, prompts_for(args, family))
+    flags = vars(args) | {
+        "reference": reference,
+        "reference_key": fid.folder_key(reference, times=False),
+        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "prompts_key": job.prompts_key,
+        "halving_key": f"{args.budget_images} of {args.num_archs}" if args.budget_images else None,
+    }
     with only_run_in(args.outdir):
         remove_leftovers(args.outdir)
-        run(family, args, device, image_prompts)
+        run(job, flags, device)
+
+
+def reference_folder(args, family):
+    """The folder of real images that the flags ask for."""
+    if args.reference is not None:
+        return args.reference
+    embedded = is_embedded(family, args.model_id)
+    return digit_reference_folder() if embedded else Path(getattr(constants, family.reference_images))
 
 
 def check_first(args, family, device):
@@ -78,44 +59,44 @@ def check_first(args, family, device):
     check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
     for spec in args.q_config:
-        config.check_file(spec, entries, family)
+        q_config.check(spec, entries, family)
     if entries and not args.q_config:
         config.check_space(entries)
     if args.clip_score:
-        ClipScore(args.clip_model, torch.device("cpu"))
+        load_clip(args.clip_model)
 
 
-def run(family, args, device, image_prompts):
-    settings = args.outdir / "sampling_config.yaml"
-    check_same_run(args, settings)
+def run(job, flags, device):
+    """Label as the job says. `flags` {name: value} are its flags and keys of what they name: what labels depend on."""
+    args = job.args
+    check_same_run(flags, args.outdir)
     start_log(args.outdir)
-    check_disk(args, family, device)
+    check_disk(args, job.family, device)
     with notes_in_run_log(args.outdir):
-        rows, full_precision = label(args, settings, Job(family.name, args, image_prompts), device)
+        rows, full_precision = label(job, flags, device)
     table = "\n".join(results_table(rows, full_precision))
     save_text(table + "\n", args.outdir / "results.txt")
     log.info("labels: %s\n%s", args.outdir / "quant_cache.pkl", table)
 
 
-def label(args, settings, job, device):
+def label(job, flags, device):
     """(rows of all configurations, full precision's)."""
     # The reference first, in case it fails.
     extractor = make_extractor(job, device)
-    reference = fid.reference_statistics(args.reference, extractor, device)
-    args.reference_images = reference.images
+    reference = fid.reference_statistics(flags["reference"], extractor, device)
     watch = Stopwatch(device)
     with start_workers(job, device, extractor, watch) as workers:
         try:
-            labelling = Labelling(job, workers, reference, watch)
-            save_settings(args, settings)
+            labelling = LabellingRun(job, workers, reference, watch)
+            save_settings(flags | {"reference_images": reference.images}, job.args.outdir / SETTINGS)
             full_precision = labelling.measure_full_precision()
             log.info("full precision: FID %.3f", full_precision["FID-GT-1k"])
-            return labelling.label(halving.survivors(labelling, args)), full_precision
+            return labelling.label(successive_halving.survivors(labelling, job.args)), full_precision
         finally:
             log.info("where the time went\n%s", "\n".join(watch.table()))
 
 
-def parse_args(family):
+def parse_args(family, argv=None):
     parser = parser_for(family, "eval_random", "label random quantization configurations with FID")
     parser.add_argument("--outdir", type=Path, default=Path(f"{family.name}_random_seed42"), help="folder of the results")
     parser.add_argument("--num_archs", type=at_least(1), default=500, help="configurations to label")
@@ -150,36 +131,27 @@ def parse_args(family):
         parser.add_argument("--clip_score", action="store_true", help="label with the CLIP score too")
         parser.add_argument("--clip_model", default=CLIP_MODEL, help="CLIP of --clip_score: Hub id or local folder")
     add_sampling_flags(parser, family)
-    args = parse_sampling(parser, family, guidance="label_guidance")
+    args = parse_sampling(parser, family, guidance="label_guidance", argv=argv)
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
-    halving.check(args)
+    successive_halving.check(args)
     args.num_archs = len(args.q_config) or args.num_archs
-    args.chosen_key = ", ".join(map(config.spec_key, args.q_config)) or None
+    args.chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
     return args
 
 
-def prompts_for(args, family):
-    """`n_imgs` prompts, or class numbers for a family that has no prompts."""
-    if family.num_classes:
-        return [index % args.num_classes for index in range(args.n_imgs)]
-    if args.prompts is None and is_embedded(family, args.model_id):
-        return [caption for _, caption in subject_prompts(args.n_imgs)]
-    return prompts.load(args.prompts or Path(constants.COCO_2017_PROMPTS), args.n_imgs)
-
-
-def check_same_run(args, settings):
+def check_same_run(flags, outdir):
     """Refuse to mix labels made under other flags into one cache."""
-    rows = quant_cache.load(args.outdir / "quant_cache.pkl")
+    rows, settings = quant_cache.load(outdir / "quant_cache.pkl"), outdir / SETTINGS
     if not settings.exists():
         if rows:
-            raise InputError(f"{args.outdir}: has labels but no {settings.name} that says how they were made")
+            raise InputError(f"{outdir}: has labels but no {settings.name} that says how they were made")
         return
     before = read_settings(settings)
     for flag in LABEL_FLAGS:
-        if before.get(flag) != getattr(args, flag, None):
+        if before.get(flag) != flags.get(flag):
             raise InputError(
-                f"{args.outdir}: its labels were made with {flag} {before.get(flag)}, not {getattr(args, flag, None)}; "
+                f"{outdir}: its labels were made with {flag} {before.get(flag)}, not {flags.get(flag)}; "
                 "give the same flags to go on, or another --outdir"
             )
 
@@ -188,7 +160,7 @@ def results_table(rows, full_precision):
     """Lines of a table: configuration, average bits, size, FID; best first."""
     yield f"{'configuration':<16}{'avg_bits':>9}{'size (MB)':>11}{'BOPs (T)':>10}{'FID':>9}"
     numbered = [("full precision", full_precision)]
-    order = sorted(enumerate(rows, 1), key=lambda pair: config.by_fid(pair[1]))
+    order = sorted(enumerate(rows, 1), key=lambda pair: quant_cache.by_fid(pair[1]))
     numbered += [(str(number), row) for number, row in order]
     for name, row in numbered:
         yield (

@@ -1,6 +1,6 @@
 """What has been measured of configurations in work: a file per task, so that nothing measured is lost.
 
-The parts of a configuration are dropped once its row is in `quant_cache.pkl`.
+The results of a configuration are dropped once its row is in `quant_cache.pkl`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from quant.files import atomic_write
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-class Parts:
+class TaskResults:
     """The results of tasks, {name: array [images of the task, ...]} each, in a folder."""
 
     def __init__(self, folder):
@@ -49,5 +49,5 @@ class Parts:
             self.folder.rmdir()
 
     def clear(self):
-        """Drop all, once every row is there: a run that died between a row and the dropping of its parts left some."""
+        """Drop all, once every row is there: a run that died between a row and the dropping of its results left some."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from errors import InputError, first_line
-from evaluation.prompt_json import from_json, from_json_lines
-from evaluation.prompt_tables import from_csv, from_tsv, is_header
+from stages.prompt_json import from_json, from_json_lines
+from stages.prompt_tables import from_csv, from_tsv, is_header
 
 log = logging.getLogger("qua2sedimo")
 

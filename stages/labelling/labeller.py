@@ -9,15 +9,19 @@ from bops.bops import tera_bops
 from bops.macs import count_macs
 from evaluation import fid
 from evaluation.clip_score import ClipScore
-from evaluation.images import generate_batches
+from evaluation.constant_images import is_constant
 from evaluation.proxies import paired
-from evaluation.stopwatch import Stopwatch
+from models.clip import load_clip
+from models.drawing import generate_batches
+from models.embedded.judge import DigitFeatures
 from models.families import FAMILIES
 from models.listening import timed
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config, multiquantizer
+from stages import prompt_files, q_config
 from stages.common import in_precision
-from stages.sampling import encode_for, load_encoded
+from stages.labelling.stopwatch import Stopwatch
+from stages.sampling import encode_for, load_encoded, settings_of
 
 
 class Job(NamedTuple):
@@ -30,6 +34,10 @@ class Job(NamedTuple):
     @property
     def family(self):
         return in_precision(FAMILIES[self.family_name], self.args.dtype)
+
+    @property
+    def prompts_key(self):
+        return prompt_files.key(self.prompts)
 
 
 class Task(NamedTuple):
@@ -54,7 +62,7 @@ def name_of(index):
 
 def make_extractor(job, device):
     """What turns images into the features that FID compares."""
-    return (fid.DigitFeatures if is_embedded(job.family, job.args.model_id) else fid.InceptionFeatures)(device)
+    return (DigitFeatures if is_embedded(job.family, job.args.model_id) else fid.InceptionFeatures)(device)
 
 
 def encode(job, device):
@@ -80,8 +88,9 @@ class Labeller:
 
     def __init__(self, job, device, embeddings, extractor=None):
         self.args, self.family, self.prompts, self.device = job.args, job.family, job.prompts, device
+        self.settings = settings_of(job.args)
         self.extractor = extractor or make_extractor(job, device)
-        self.clip = ClipScore(self.args.clip_model, device) if self.args.clip_score else None
+        self.clip = ClipScore(*load_clip(self.args.clip_model), device) if self.args.clip_score else None
         self.watch = Stopwatch(device)
         self.on_drawn = lambda count: None  # told how many images have come
         self.sampler = load_encoded(self.args, self.family, device, embeddings)
@@ -91,7 +100,7 @@ class Labeller:
 
     def configuration(self, index):
         if self.args.q_config:
-            return config.load(self.args.q_config[index], self.model.slots)
+            return q_config.load(self.args.q_config[index], self.model.slots)
         return config.draw_random(self.model.slots, self.args.seed, index, self.args.a_l, self.args.a_u)
 
     def describe(self, indices):
@@ -112,19 +121,20 @@ class Labeller:
             "config": description,
         }
 
-    def measure(self, task, baseline=None):
+    def measure(self, task, full_precision=None):
         """({name: array [N, ...]}, {phase: seconds}) of the task's N images.
 
         `features` [N, F] are not numbers where an image is not; `constant` [N] says which are of one colour. With a
-        `baseline`, also the proxies of it; with --clip_score `clip_score` [N]; without a baseline, and with
+        `full_precision`, also the proxies: distances to its images; with --clip_score `clip_score` [N]; without it, and with
         --keep_samples, the `images`, and `latents`.
         """
         with self.watch.phase("quantize"):
             self.put(task.index)
         decoding = timed(self.watch, "decode", self.sampler.pipeline.vae, "decode")
         with decoding, self.judges() as judge, self.watch.phase("denoise"):
-            batches = generate_batches(self.sampler, self.prompts, self.args, task.name, task.first, task.last, show=False)
-            judged = [judge.submit(self.judge, batch, baseline) for batch in self.told(batches)]
+            numbers = task.name, task.first, task.last
+            batches = generate_batches(self.sampler, self.prompts, self.settings, *numbers, show=False)
+            judged = [judge.submit(self.judge, batch, full_precision) for batch in self.told(batches)]
             with self.watch.phase("features"):
                 judged = [each.result() for each in judged]
         return {name: np.concatenate([each[name] for each in judged]) for name in judged[0]}, self.watch.take()
@@ -144,18 +154,21 @@ class Labeller:
         else:
             self.model.apply(self.configuration(index))
 
-    def judge(self, batch, baseline):
+    def judge(self, batch, full_precision):
         """{name: array [N, ...]} of a batch of images, as `measure` has it."""
         features = fid.image_features(batch.images, self.extractor, self.device)
-        judged = {"features": np.where(batch.broken[:, None], np.nan, features), "constant": batch.constant}
+        judged = {
+            "features": np.where(batch.broken[:, None], np.nan, features),
+            "constant": is_constant(batch.images, batch.broken),
+        }
         chosen = slice(batch.indices.start, batch.indices.stop)
-        if baseline is not None:
-            originals = (np.array(each[chosen]) for each in (baseline.images, baseline.latents))
+        if full_precision is not None:
+            originals = (np.array(each[chosen]) for each in (full_precision.images, full_precision.latents))
             judged |= paired(batch.images, batch.latents, *originals, self.device)
         if self.clip:
             judged["clip_score"] = self.clip.scores(batch.images, self.prompts[chosen])
-        if baseline is None or self.args.keep_samples:
+        if full_precision is None or self.args.keep_samples:
             judged["images"] = batch.images
-        if baseline is None:
+        if full_precision is None:
             judged["latents"] = batch.latents.numpy()
         return judged

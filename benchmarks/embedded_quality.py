@@ -1,4 +1,4 @@
-"""Measure an embedded pipeline: `python -m models.embedded.measure pixart_alpha`.
+"""Measure an embedded pipeline: `python -m benchmarks.embedded_quality pixart_alpha`.
 
 Prints, as `measured.json` beside the pipeline holds them: how many of 500 pictures of 50 prompts show
 the prompt's digit and its two colours (of a class-conditional model: the class's digit) by a classifier
@@ -16,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 from evaluation import fid
-from evaluation.images import generate
+from evaluation.constant_images import is_constant, say_constant
+from models.drawing import BatchSize, SamplingSettings, generate
 from models.embedded.captions import digit_and_colors, subject_prompts
 from models.embedded.classifier import classify, held_out_accuracy, load_classifier
+from models.embedded.judge import DigitFeatures, digit_reference_folder
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
 from quant.model import QuantizedModel
@@ -43,10 +45,10 @@ def prompts_and_answers(family, count, num_prompts):
 def make_pictures(sampler, prompts, seed, guidance, batch_size=None):
     """Pictures (uint8 [N, 64, 64, 3]) of the prompts, each from its own noise."""
     row = sampler.family.embedded
-    settings = argparse.Namespace(
-        seed=seed, steps=row.steps, guidance=guidance, res=row.resolution, batch_size=batch_size or row.batch_size
-    )
-    return generate(sampler, prompts, settings, "pictures")
+    settings = SamplingSettings(seed, row.steps, guidance, row.resolution, BatchSize(batch_size or row.batch_size))
+    pictures = generate(sampler, prompts, settings, "pictures")
+    say_constant("pictures", is_constant(pictures))
+    return pictures
 
 
 class Judge:
@@ -54,8 +56,8 @@ class Judge:
 
     def __init__(self):
         device = torch.device("cpu")
-        self.classifier, self.extractor = load_classifier(), fid.DigitFeatures(device)
-        self.reference = fid.reference_statistics(fid.digit_reference_folder(), self.extractor, device)
+        self.classifier, self.extractor = load_classifier(), DigitFeatures(device)
+        self.reference = fid.reference_statistics(digit_reference_folder(), self.extractor, device)
 
     def right(self, pictures, answers):
         """Which pictures show the `answers` [N, parts], part by part."""

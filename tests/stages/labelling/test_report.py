@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluation import jsonl, quant_cache
-from stages import report
-from stages.eval_random import LABEL_FLAGS
+from evaluation import quant_cache
+from stages.labelling import json_lines, report
+from stages.labelling.label_runs import LABEL_FLAGS
 from stages.run import run_main
 
 BITS, FIDS = [3.0, 3.5, 4.0, 4.5, 3.2], [9.0, 7.0, 7.5, 5.0, math.nan]
@@ -31,7 +31,7 @@ def make(folder, seed=42, key="model.a.weight_quantizer", **settings):
         for bits, fid in zip(BITS, FIDS, strict=True)
     ]
     quant_cache.save(rows, folder / "quant_cache.pkl")
-    jsonl.save(
+    json_lines.save(
         [{"row": n, "configuration": n, "images": 5, "ssim": 1 - fid / 10} for n, fid in enumerate(FIDS[:4], 1)],
         folder / "quant_proxies.jsonl",
     )
@@ -82,7 +82,7 @@ def test_merged_labels(tmp_path, run):
     assert code == 0, printed
     rows = quant_cache.load(tmp_path / "both" / "quant_cache.pkl")
     assert [row["avg_bits"] for row in rows] == BITS * 2
-    lines = jsonl.load(tmp_path / "both" / "quant_proxies.jsonl")
+    lines = json_lines.load(tmp_path / "both" / "quant_proxies.jsonl")
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 6, 7, 8, 9]
     assert "rank correlation with FID (8 rows)" in printed
 
