@@ -12,14 +12,18 @@ of three hundred matters more than the rest; a factor per layer type they can.
 """
 
 import contextlib
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch_geometric.nn import GATv2Conv
 
 from autobuild.space import NAMES
 from quant.registry import ALGORITHMS, BITS, quantizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # it still asks for torch.jit
+    from torch_geometric.nn import GATv2Conv
 
 WIDTH = 64
 HOPS = 4
