@@ -127,10 +127,10 @@ def check_keys(where, module, report):
         raise InputError(f"{where}: {key} has the shape {shapes} of its configuration")
     left = [key for key, weight in module.state_dict().items() if weight.is_meta]
     if missing := sorted({*missing, *_that_matter(left)}):
-        raise InputError(f"{where}: lacks {_count(missing)} of its weights, first {missing[0]}; fetch or convert it again")
+        raise InputError(f"{where}: lacks {_count(missing)}, first {missing[0]}; fetch or convert it again")
     if unexpected:
         raise InputError(
-            f"{where}: has {_count(unexpected)} weights that a {type(module).__name__} has no place for, first "
+            f"{where}: has {_count(unexpected)} that a {type(module).__name__} has no place for, first "
             f"{unexpected[0]}; is it of another model?"
         )
 
@@ -147,7 +147,7 @@ def _that_matter(keys):
 
 
 def _count(keys):
-    return f"{len(keys):,}"
+    return f"{len(keys):,} weight" + "s" * (len(keys) != 1)
 
 
 @contextlib.contextmanager

@@ -14,22 +14,17 @@ import torch
 
 from errors import InputError, first_line
 from models import facts, lora, schedulers
-from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, require
+from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading
 from models.inputs import map_tensors, prompt_argument
 from models.listening import first_call, latents_taken, until_latents
 from models.single_file import SingleFile
+from models.tokenizers import check_small_files, check_tokenizers
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 ANY_PROMPT = "a picture"  # where only shapes matter
 SHORTEST = 2  # steps that every pipeline samples with
 OFFLOADS = ("none", "model", "sequential")
-TOKENIZERS = tuple(name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)
-VOCABULARIES = {  # where there is no tokenizer.json: what a tokenizer is made from
-    "T5Tokenizer": ("spiece.model",),
-    "BertTokenizer": ("vocab.txt",),
-    "CLIPTokenizer": ("vocab.json", "merges.txt"),
-}
 # What pipelines may have and these do not need: labels and images are of the denoiser alone, on every machine.
 LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 SWITCHED_OFF = {"requires_safety_checker": False, "add_watermarker": False}
@@ -308,38 +303,11 @@ def _assemble(source, class_name, modules):
     if isinstance(source, SingleFile):
         modules = modules | source.tokenizers()
     else:
-        _check_small_files(source, modules)
+        check_small_files(source, modules)
     with explained(source.model_id, "pipeline"):
         pipeline = pipeline_class.from_pretrained(str(source.folder), **modules, **switches)
-    _check_tokenizers(source, pipeline)
+    check_tokenizers(source, pipeline)
     return pipeline
-
-
-def _check_small_files(source, given):
-    """InputError if a file is missing without which a sampler or tokenizer would be made up, or not be made."""
-    index = source.index
-    if index.get("scheduler"):
-        require(source, "scheduler/scheduler_config.json")
-    for name in TOKENIZERS:
-        if name in given or not isinstance(index.get(name), list) or index[name][0] is None:
-            continue
-        require(source, f"{name}/tokenizer_config.json")
-        if f"{name}/tokenizer.json" not in source.names:
-            vocabulary = VOCABULARIES.get(str(index[name][1]).removesuffix("Fast"), ())
-            require(source, *(f"{name}/{file}" for file in vocabulary))
-
-
-def _check_tokenizers(source, pipeline):
-    """InputError if a tokenizer has no vocabulary: transformers makes an empty one of a folder without its files."""
-    for name, encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None:
-            continue
-        tokens, most = len(tokenizer), source.config(encoder).get("vocab_size")
-        if tokens <= len(set(tokenizer.all_special_ids)) + 1:
-            raise InputError(f"{source.model_id}: its {name} has no vocabulary; its folder lacks a file, fetch it again")
-        if most is not None and tokens > most:
-            raise InputError(f"{source.model_id}: its {name} has {tokens} tokens, and its {encoder} knows {most}")
 
 
 def _description(source, name, dtype):

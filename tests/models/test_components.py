@@ -63,14 +63,14 @@ def test_a_weight_that_is_missing_is_not_made_up(name, tmp_path):
     component, key = LACKING[name]
     copy.change_weights(component, lambda state: {k: v for k, v in state.items() if not k.endswith(key)})
     said = copy.refusal()
-    assert component in said and key in said and "lacks 1 of its weights" in said
+    assert component in said and key in said and "lacks 1 weight" in said
 
 
 def test_a_denoisers_missing_unexpected_and_misshapen_weights(copy):
     key = "transformer_blocks.3.attn1.to_q.weight"
     whole = copy.weights_file("transformer").read_bytes()
     copy.change_weights("transformer", lambda state: {k: v for k, v in state.items() if k != key})
-    assert all(f"lacks 1 of its weights, first {key}" in said and "transformer" in said for said in copy.refusals())
+    assert all(f"lacks 1 weight, first {key}" in said and "transformer" in said for said in copy.refusals())
     copy.weights_file("transformer").write_bytes(whole)
     copy.change_weights("transformer", lambda state: state | {f"{key}_extra": state[key].clone()})
     assert all(f"{key}_extra" in said and "no place for" in said for said in copy.refusals())
