@@ -13,7 +13,7 @@ import torch
 
 from errors import InputError, first_line
 from models import facts, lora, schedulers
-from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, require
+from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, refuse_quantized, require
 from models.inputs import Taken, first_call, map_tensors, prompt_argument
 from models.single_file import SingleFile
 from quant.memory import return_free_memory
@@ -169,7 +169,7 @@ class Sampler:
         """
         if (dtype := compute_dtype(self.family, device)) != self.family.dtype:
             for pipeline in self.pipelines:
-                pipeline.to(dtype=dtype)
+                _cast(pipeline, dtype)
         _place(self.pipelines, device, self.extras.offload)
 
     def gather(self):
@@ -178,6 +178,13 @@ class Sampler:
             for pipeline in self.pipelines:
                 pipeline.remove_all_hooks()
                 pipeline.to("cpu")
+
+
+def _cast(pipeline, dtype):
+    """Cast all models of a pipeline; diffusers' own `to` refuses packed ones, whose codes and tables stay as they are."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype=dtype)
 
 
 def _place(pipelines, device, offload):
@@ -365,8 +372,9 @@ def _description(source, name, dtype):
 
 
 def load_denoiser(family, model_id, device, loras=()):
-    """The family's denoiser alone, without text encoders and autoencoder, in the family's precision."""
+    """The family's float denoiser alone, without text encoders and autoencoder, in the family's precision."""
     source = model_of(family, model_id)
+    refuse_quantized(source, family.denoiser)
     variants = (family.variant,) if family.variant and family.dtype == torch.float16 else ()
     denoiser = source.load_component(family.denoiser, family.dtype, variants)
     lora.fuse(loras, {family.denoiser: denoiser}, family.pipeline, _configurations(source, family))
