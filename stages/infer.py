@@ -27,17 +27,8 @@ from stages.sampling import add_sampling_flags, check_sampling, is_own, load_for
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
 FREE_FLAGS = {
-    "outdir",
-    "run",
-    "device",
-    "batch_size",
-    "n_imgs",
-    "no_compare",
-    "pack",
-    "offload",
-    "debug",
-    "multi_chkpt",
-    "packed",
+    *("outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug"),
+    *("multi_chkpt", "packed"),
 }
 
 
@@ -124,6 +115,8 @@ def run(family, args, device, prompts, folder):
         put, avg_bits, size_bytes = chosen(args, family, sampler.denoiser)
     save_settings(args, folder / SETTINGS)
     log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{size_bytes:,}")
+    if args.packed:
+        log.info("%s: is already quantized, so there are no full-precision images to compare with", args.model_id)
     log.info("run %s; cut off, it goes on with --run %s and the same flags", folder, folder.name)
     show_steps(sampler)
     if unseen:
@@ -197,8 +190,6 @@ def settle_packed(args, family):
         raise InputError(
             f"{flag}: {args.model_id} is already quantized by this program; give the model that it was made from"
         )
-    if not args.no_compare:
-        log.warning("%s: is already quantized, so there are no full-precision images to compare with", args.model_id)
     args.no_compare, args.q_config = True, str(source.folder / family.denoiser / "config.json")
 
 

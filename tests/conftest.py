@@ -202,7 +202,7 @@ def embedded_mq(built_once):
             else:
                 with contextlib.chdir(folder):
                     code, printed = run_here(*command)
-            free = FAMILIES[name].num_keys - (2 * 27 if FAMILIES[name].ties else 0)
+            free = FAMILIES[name].num_keys - (2 * 27 if FAMILIES[name].slot_rules.ties else 0)
             assert code == 0, printed
             assert f"{path}: {free} layers fitted" in printed and f"layer {free}/{free}" in printed
 
