@@ -34,7 +34,7 @@ from stages.quantize_flags import parse_args
 from stages.quantize_images import Wanted, all_there, draw_missing, prompts_of, sheet_of
 from stages.run_folder import only_run_in
 
-SHEET = "contact_sheet.png"
+SHEET, FITS = "contact_sheet.png", "fits.pt"
 
 
 def main():
@@ -47,7 +47,12 @@ def main():
     work = make_work_folder(args.output.resolve())
     with only_run_in(work), library_notes(Once(lambda note: None)):
         remove_leftovers(work)
-        job.run(work)
+        try:
+            job.run(work)
+        except BaseException:
+            if not (work / FITS).exists():  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)
+            raise
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -137,7 +142,7 @@ class Job:
         place_files(self.folder, files, self.source)
         self.pictures = self._look_at_use()
         recorded = self._record() if self.args.avg_bits is not None else {}
-        kept = choice.Kept(work / "fits.pt", {"bits": self.bits})
+        kept = choice.Kept(work / FITS, {"bits": self.bits})
         packed = [self._pack(name, kept, recorded.pop(name, None)) for name in self.names]
         rows = self._draw(work, packed)
         if rows:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_here
+from hub_layouts.hub import hub_cache, use_cache
 from huggingface_hub import ModelCard
 from PIL import Image
 from zoo import ZOO
@@ -23,7 +24,8 @@ from models import any_pipeline
 from models.pipelines import EMBEDDED_FOLDER
 from quant.layers import packed_layers
 from quant.registry import SEARCH_SPACE
-from quant.slots import weight_layers
+from quant.slots import ANY_MODULE, weight_layers
+from stages import quantize as quantize_stage
 from stages import quantize_choice, quantize_files
 from stages.quantize_card import base_header
 
@@ -211,7 +213,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_fits(zoo_folder, tmp_path, monk
 def test_a_full_disk_is_told_before(zoo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     code, printed = quantize("--model_id", zoo_folder("flux"), *FLUX, "--output", tmp_path / "out")
-    assert code == 2 and "1.0 kB are free" in printed and not (tmp_path / "out").exists()
+    assert code == 2 and "1.0 kB are free" in printed and not list(tmp_path.iterdir())
 
 
 def test_exclude_leaves_modules_float(zoo_folder, tmp_path):
@@ -363,3 +365,39 @@ def test_pushed_to_the_hub_as_any_model_is(packed, tmp_path, monkeypatch, what):
     again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "mine" / place)
     inputs = ZOO["flux"].inputs(again)
     assert torch.equal(again(**inputs)[0], pipeline.transformer(**inputs)[0])
+
+
+def test_weights_that_are_only_read_are_found_and_stay_float(tmp_path, monkeypatch):
+    """Hunyuan-DiT's pooler hands four layers' weights to one function; nothing tells so beforehand here."""
+    monkeypatch.setattr(quantize_stage, "rules_of", lambda *_: ANY_MODULE)
+    flags = ("--model_id", EMBEDDED_FOLDER / "hunyuan", "--config", "uniform:mse-4", "--n_imgs", 0, "--res", 64)
+    code, printed = quantize(*flags, "--output", tmp_path / "out")
+    assert code == 0 and "4 weights are read without a call of their layer, so stay float" in printed, printed
+    weights = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["quantization_config"]["weights"]
+    assert weights and not any(".pooler." in path for path in weights)
+
+
+def test_a_pipeline_that_needs_more_than_a_prompt_is_packed_without_images(tmp_path):
+    flags = ("--model_id", EMBEDDED_FOLDER / "sdxl_refiner", "--output", tmp_path / "out")
+    code, printed = quantize(*flags, "--avg_bits", 5)
+    assert code == 2 and "cannot be called with prompt" in printed and "choose by --config" in printed
+    assert not list(tmp_path.iterdir())
+    code, printed = quantize(*flags, "--config", "uniform:mse-4")
+    assert code == 0 and "no pictures" in printed and not (tmp_path / "out" / "contact_sheet.png").exists(), printed
+    assert "contact_sheet" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_id_is_read_from_the_cache(zoo_folder, tmp_path, monkeypatch):
+    base = shutil.copytree(zoo_folder("flux"), tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (base / "flux.safetensors").write_bytes(b"not needed")
+    use_cache(monkeypatch, tmp_path / "home")
+    hub_cache(tmp_path / "home", "someone/flux", base)
+    code, printed = quantize("--model_id", "someone/flux", *FLUX, "--output", tmp_path / "out")
+    assert code == 0, printed
+    assert entries(tmp_path / "out") == entries(zoo_folder("flux")) | {"README.md"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: someone/flux" in card and "license: apache-2.0" in card
+    code, printed = quantize("--model_id", "someone/else", *FLUX, "--output", tmp_path / "other")
+    assert code == 2 and "not in the Hub's cache" in printed
