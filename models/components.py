@@ -19,6 +19,7 @@ DENOISERS = ("transformer", "unet", "prior")
 ADAPTER = re.compile(r"\b(lora_(A|B|up|down|unet|te\d?)|base_layer|hada_w\d|lokr_w\d)\b|lora_unet_|lora_te")
 # Parts of text encoders that no pipeline reads, and tables of numbers that old versions kept with the weights.
 UNREAD = re.compile(r"(^|\.)(pooler\.|position_ids$)")
+QUANTIZED_HERE = "qua2sedimo"  # what the configuration of a denoiser says that this program has packed (quant/pretrained.py)
 LOW_BIT = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"}
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, ImportError, IndexError),
@@ -40,7 +41,8 @@ def load_component(repository, name, dtype, variants=()):
     repository.fetch(files.names)
     where = f"{repository.folder / files.names[0]}"
     with explained(repository.model_id, name):
-        check_float(repository.folder, files, name)
+        if not is_packed(repository, name):
+            check_float(repository.folder, files, name)
         module, report = loaded_class.from_pretrained(
             repository.folder / name,
             dtype=dtype,
@@ -80,15 +82,35 @@ def component_class(repository, name):
     return found
 
 
+def quantized_by(repository, name):
+    """Who has quantized a component, as its configuration says; None if no one, and "" if it does not say."""
+    settings = repository.config(name).get("quantization_config")
+    if not settings:
+        return None
+    return str(settings.get("quant_method") or settings.get("quant_algo") or "") if isinstance(settings, dict) else ""
+
+
+def is_packed(repository, name):
+    """Whether a component was packed by this program."""
+    return quantized_by(repository, name) == QUANTIZED_HERE
+
+
 def check_plain(repository, name):
     """InputError if a component's configuration says that another program has quantized it."""
-    settings = repository.config(name).get("quantization_config")
-    if settings:
-        how = settings.get("quant_method") or settings.get("quant_algo") if isinstance(settings, dict) else None
-        raise InputError(
-            f"{repository.model_id}: its {name} is already quantized{f' by {how}' if how else ''}; give the model that "
-            "it was made from, in half precision or float32"
-        )
+    if not is_packed(repository, name):
+        refuse_quantized(repository, name)
+
+
+def refuse_quantized(repository, name):
+    """InputError if a component's configuration says that it is quantized, by this program or another."""
+    how = quantized_by(repository, name)
+    if how is None:
+        return
+    who = "this program" if how == QUANTIZED_HERE else how
+    raise InputError(
+        f"{repository.model_id}: its {name} is already quantized{f' by {who}' if who else ''}; give the model that "
+        "it was made from, in half precision or float32"
+    )
 
 
 def check_float(folder, files, name):

@@ -14,7 +14,7 @@ import torch
 
 from errors import InputError, first_line
 from models import facts, lora, schedulers
-from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading
+from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, refuse_quantized
 from models.inputs import map_tensors, prompt_argument
 from models.listening import first_call, latents_taken, until_latents
 from models.single_file import SingleFile
@@ -168,11 +168,9 @@ class Sampler:
 
 
 def _cast(pipeline, dtype):
-    """Cast the modules of a pipeline. diffusers refuses that of any quantized model; of ours tables keep their precision."""
+    """Cast all models of a pipeline; diffusers' own `to` refuses packed ones, whose codes and tables stay as they are."""
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):
-            part.to(dtype=dtype)
-        elif isinstance(part, torch.nn.Module):
+        if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype=dtype)
 
 
@@ -318,8 +316,9 @@ def _description(source, name, dtype):
 
 
 def load_denoiser(family, model_id, device, loras=()):
-    """The family's denoiser alone, without text encoders and autoencoder, in the family's precision."""
+    """The family's float denoiser alone, without text encoders and autoencoder, in the family's precision."""
     source = model_of(family, model_id)
+    refuse_quantized(source, family.denoiser)
     variants = (family.variant,) if family.variant and family.dtype == torch.float16 else ()
     denoiser = source.load_component(family.denoiser, family.dtype, variants)
     lora.fuse(loras, {family.denoiser: denoiser}, family.pipeline, _configurations(source, family))

@@ -7,11 +7,13 @@ import argparse
 import contextlib
 from pathlib import Path
 
+import torch
+
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
-from models.components import quiet_loading
+from models.components import is_packed, quiet_loading
 from models.families import PUBLISHED_CONFIGS
-from models.pipelines import defaults, pick_device
+from models.pipelines import defaults, model_of, pick_device
 from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import remove_leftovers, save_png
@@ -20,11 +22,14 @@ from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
-from stages.sampling import add_sampling_flags, check_sampling, load_for, parse_sampling, settings_of, show_steps
+from stages.sampling import add_sampling_flags, check_sampling, is_own, load_for, parse_sampling, settings_of, show_steps
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
-FREE_FLAGS = {"outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug", "multi_chkpt"}
+FREE_FLAGS = {
+    *("outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug"),
+    *("multi_chkpt", "packed"),
+}
 
 
 def main(family):
@@ -33,7 +38,7 @@ def main(family):
     device = pick_device(args.device)
     check_first(args, family, device)
     flags = vars(args) | {
-        "multi_chkpt_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "multi_chkpt_key": None if args.packed else multiquantizer.file_key(args.multi_chkpt, family),
         "q_config_key": q_config.key(args.q_config),
     }
     chosen = args.cls_id if family.num_classes else args.prompt
@@ -53,6 +58,9 @@ def main(family):
 
 def check_first(args, family, device):
     """InputError for what flags and small files tell to be wrong, before anything large is read."""
+    if args.packed:
+        check_sampling(args, family, device, packed=True)
+        return
     if args.q_config == family.q_config and not Path(args.q_config).is_file():
         raise InputError(
             f"{args.q_config}: no such file; it comes with the paper's repository ({PUBLISHED_CONFIGS}), others are made by "
@@ -103,12 +111,14 @@ def run(family, args, flags, device, prompts, folder):
         log.info("all %d images are there: %s; contact sheet: %s", len(prompts), samples.folder, folder / SHEET)
         return
     sampler = load_for(args, family, device, prompts, place=False)
-    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
-    configuration = q_config.load(args.q_config, model.slots)
-    description = model.describe(configuration)
-    avg_bits = config.avg_bits(description, family.precision_bits)
+    if args.packed:
+        put, avg_bits, size_bytes = None, *packed_size(sampler.denoiser, family.precision_bits)
+    else:
+        put, avg_bits, size_bytes = chosen(args, family, sampler.denoiser)
     save_settings(flags, folder / SETTINGS)
-    log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{config.quantized_size(description):,}")
+    log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{size_bytes:,}")
+    if args.packed:
+        log.info("%s: is already quantized, so there are no full-precision images to compare with", args.model_id)
     log.info("run %s; cut off, it goes on with --run %s and the same flags", folder, folder.name)
     show_steps(sampler)
     settings = settings_of(args)
@@ -117,12 +127,31 @@ def run(family, args, flags, device, prompts, folder):
         originals.draw(unseen, sampler, settings, "full precision")
         sampler.gather()
     if unquantized:
-        quantize(args, model, configuration)
+        if put is not None:
+            put()
+        if args.quant_act:
+            set_activation_bits(sampler.denoiser, args.act_bit)
         place(sampler, device)
         samples.draw(unquantized, sampler, settings, "quantized")
     activations = f", activations {args.act_bit} bits" if args.quant_act else ""
     rows = [] if args.no_compare else [(f"full precision, {family.precision_bits} bits", originals)]
     finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)
+
+
+def chosen(args, family, denoiser):
+    """(what puts the configuration into the denoiser, its average bits, its bytes)."""
+    model = multiquantizer.load_model(args.multi_chkpt, denoiser, family)
+    configuration = q_config.load(args.q_config, model.slots)
+    description = model.describe(configuration)
+    avg_bits = config.avg_bits(description, family.precision_bits)
+    return lambda: quantize(args, model, configuration), avg_bits, config.quantized_size(description)
+
+
+def packed_size(denoiser, precision_bits):
+    """(average bits, bytes) of the weights of a denoiser that was packed by this program, by their shapes."""
+    parts = [part for _, layer in layers.packed_layers(denoiser) for part in layer.parts]
+    size_bytes = sum(part.quantizer.size_bytes(torch.Size(part.shape), precision_bits) for part in parts)
+    return 8 * size_bytes / sum(torch.Size(part.shape).numel() for part in parts), size_bytes
 
 
 def quantize(args, model, configuration):
@@ -132,8 +161,6 @@ def quantize(args, model, configuration):
         log.info("weights packed: %s bytes in memory", f"{layers.weight_bytes(model.module):,}")
     else:
         model.apply(configuration, for_good=True)
-    if args.quant_act:
-        set_activation_bits(model.module, args.act_bit)
 
 
 def place(sampler, device):
@@ -156,6 +183,17 @@ def finish(rows, folder):
             f"{folder}: {names}{more}: values that are not numbers; the others are there; try other flags, "
             "such as --dtype float32"
         )
+
+
+def settle_packed(args, family):
+    """What flags mean for a denoiser that this program has packed; InputError for those that mean nothing then."""
+    source = model_of(family, args.model_id)
+    if args.q_config is not None or args.lora:
+        flag = "--lora" if args.lora else "--q_config"
+        raise InputError(
+            f"{flag}: {args.model_id} is already quantized by this program; give the model that it was made from"
+        )
+    args.no_compare, args.q_config = True, str(source.folder / family.denoiser / "config.json")
 
 
 def run_name(text):
@@ -189,6 +227,9 @@ def parse_args(family):
     add_sampling_flags(parser, family)
     args = parse_sampling(parser, family)
     row = defaults(family, args.model_id)
+    args.packed = not is_own(family, args.model_id) and is_packed(model_of(family, args.model_id), family.denoiser)
+    if args.packed:
+        settle_packed(args, family)
     args.q_config = row.q_config if args.q_config is None else args.q_config
     if family.num_classes:
         args.cls_id = args.cls_id or [each for each in row.class_ids if each < args.num_classes] or [0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import constants
 from errors import InputError
 from models import schedulers
+from models.components import check_plain, refuse_quantized
 from models.drawing import BatchSize, SamplingSettings
 from models.embedded.captions import subject_prompts
 from models.facts import native_pixels, num_classes, open_model, own_scheduler
@@ -147,11 +148,14 @@ def _fill_steps(args, row, guidance, few_step):
         args.guidance = schedulers.NO_GUIDANCE if few_step else own
 
 
-def check_sampling(args, family, device):
-    """InputError if a flag is not for this model, as its small files tell, or not for the device."""
+def check_sampling(args, family, device, packed=False):
+    """InputError if a flag is not for this model, as its small files tell, or not for the device; or the model is quantized
+    already, unless it may be `packed` by this program.
+    """
     if args.offload != "none" and device.type == "cpu":
         raise InputError(f"--offload {args.offload}: is for GPUs, whose memory it saves; leave it out on the CPU")
     source = model_of(family, args.model_id)
+    (check_plain if packed else refuse_quantized)(source, family.denoiser)
     native = native_pixels(family, source)
     if family.num_classes and args.res is not None and height_width(args.res) != native:
         raise InputError(f"--res {args.res}: {args.model_id} makes images of {native[0]} px only")

@@ -61,7 +61,7 @@ def parser_of(stage, description, argv=None):
     parser.add_argument("--calls", type=at_least(1), default=5, help="with `none`: steps of that way")
     parser.set_defaults(prompts=None)
     if not family.num_classes:
-        parser.add_argument("--prompts", type=Path, help="with `none`: COCO captions, a table, or text; default in constants.py")
+        parser.add_argument("--prompts", type=Path, help="with `none`: captions, a table or text; default in constants.py")
     add_sampling_flags(parser, family)
     return family, parser
 

@@ -1,0 +1,148 @@
+"""What quantize.py computes of a denoiser: fits of its weights, their sensitivities, the configuration within a size.
+
+Both are kept as they come, each weight's under a fingerprint of it, so a run that was cut off goes on.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from autobuild.search import best_within, parts_of_weights, shortest_sum, spare_bytes
+from autobuild.space import SearchSpace
+from errors import InputError
+from quant.entries import fingerprint, fit_entry
+from quant.files import atomic_write, load_checkpoint
+from quant.registry import SEARCH_SPACE, quantizer
+from quant.slots import free_keys
+from stages.forecast import as_time
+
+SAVE_SECONDS = 20
+
+
+class Kept:
+    """A file of {denoiser: {key: (fingerprint, what is known of the weight)}}, and the settings that this depends on."""
+
+    def __init__(self, path, settings, flag=None):
+        self.path, self.settings, self.saved = Path(path), settings, time.monotonic()
+        self.content = self._read(flag) if self.path.exists() else {}
+
+    def _read(self, flag):
+        """What the file holds; of other settings it is not gone on with, and refused if a `flag` named it."""
+        way_out = f"name another file with {flag}, or delete it"
+        try:
+            content = load_checkpoint(self.path)
+            same = content["settings"] == self.settings
+            kept = {name: dict(weights) for name, weights in content["weights"].items()}
+        except (InputError, KeyError, TypeError, AttributeError, ValueError) as reason:
+            if flag is None:
+                return {}
+            raise InputError(f"{self.path}: is not what this program has written ({reason}); {way_out}") from None
+        if not same and flag is not None:
+            raise InputError(f"{self.path}: was measured with {content['settings']}, not {self.settings}; {way_out}")
+        return kept if same else {}
+
+    def get(self, name, key, mark):
+        """What is known of a weight; None if nothing is, or it was another weight."""
+        found = self.content.get(name, {}).get(key)
+        return found[1] if found is not None and found[0] == mark else None
+
+    def put(self, name, key, mark, known):
+        """Keep what is known of a weight; it is written now and then, and by `save`."""
+        self.content.setdefault(name, {})[key] = (mark, known)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self):
+        with atomic_write(self.path) as file:
+            torch.save({"settings": self.settings, "weights": self.content}, file)
+        self.saved = time.monotonic()
+
+
+def fit(model, name, words_of, kept, device):
+    """Fit to each of the model's weights the words `words_of(key)`, a weight at a time on `device`."""
+    keys = free_keys(model.slots)
+    total = sum(model.slots[key].shape.numel() for key in keys)
+    with tqdm(total=total, desc=f"fitting {name}", unit=" weights", unit_scale=True, delay=2) as progress:
+        try:
+            for key in keys:
+                _fit_one(model, name, key, tuple(words_of(key)), kept, device)
+                progress.update(model.slots[key].shape.numel())
+        finally:
+            kept.save()
+
+
+def _fit_one(model, name, key, words, kept, device):
+    weight = model.weight(key)
+    mark = fingerprint(weight)
+    entry = kept.get(name, key, mark)
+    if entry is None or not set(words) <= entry["parameters"].keys():
+        try:
+            entry = fit_entry(weight.to(device), words)
+        except ValueError as reason:
+            raise InputError(f"{name}.{model.slots[key].module_path}: {reason}") from None
+        kept.put(name, key, mark, entry)
+    model.entries[key] = entry
+
+
+def space_of(slots, precision_bits, name):
+    """The search space of a denoiser's slots, of which no graph is known."""
+    sharing = {}
+    for key, slot in slots.items():
+        sharing.setdefault(slot.tie, []).append(key)
+    shapes = [slots[keys[0]].shape for keys in sharing.values()]
+    sizes = [[quantizer(word).size_bytes(shape, precision_bits) for word in SEARCH_SPACE] for shape in shapes]
+    counts = np.array([len(keys) for keys in sharing.values()])
+    fp_bytes = counts * np.array([shape.numel() * precision_bits // 8 for shape in shapes])
+    sizes = counts[:, None] * np.array(sizes)
+    return SearchSpace(name, None, list(sharing.values()), fp_bytes, sizes, np.zeros(sizes.shape), precision_bits)
+
+
+def check_avg_bits(space, avg_bits):
+    """InputError if no configuration has so few average bits."""
+    spare_bytes(space, avg_bits, space.smallest_bytes)
+
+
+def choose(space, known, avg_bits):
+    """The configuration whose shifts, of `known` {key: (changes [M], shifts [M, K])}, are found to have the shortest sum."""
+    changes, shifts = zip(*(known[keys[0]] for keys in space.keys), strict=True)
+    scores = -torch.stack(changes).numpy()
+    first = best_within(space, parts_of_weights(space, scores), avg_bits)
+    codes = shortest_sum(space, torch.stack(shifts).float().numpy(), first, avg_bits)
+    return space.configuration(codes)
+
+
+def measure(model, name, space, replay, kept):
+    """{key: (changes [M], shifts [M, K])} of the six words for each of the model's weights, asked one after another."""
+    known = {}
+    marks = {keys[0]: model.entries[keys[0]]["fingerprint"] for keys in space.keys}
+    left = [keys for keys in space.keys if kept.get(name, keys[0], marks[keys[0]]) is None]
+    done = len(space.keys) - len(left)
+    start = time.monotonic()
+    for number, keys in enumerate(tqdm(left, desc=f"asking {name}", unit="weight", initial=done, total=len(space.keys))):
+        kept.put(name, keys[0], marks[keys[0]], _measure_one(model, keys, replay))
+        if number == 0:
+            told = as_time((time.monotonic() - start) * (len(left) - 1))
+            tqdm.write(f"{name}: about {told} left for {len(left) - 1} weights; less with a lower --n_imgs or --calls")
+            kept.save()
+    kept.save()
+    for keys in space.keys:
+        known[keys[0]] = kept.get(name, keys[0], marks[keys[0]])
+    return known
+
+
+def _measure_one(model, keys, replay):
+    parts = [model.parts[key] for key in keys]
+    found = []
+    try:
+        for word in SEARCH_SPACE:
+            for part in parts:
+                part.set_method(word, model.parameters(keys[0], word))
+            found.append(replay.shift())
+    finally:
+        for part in parts:
+            part.set_method(None)
+    changes, shifts = zip(*found, strict=True)
+    return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
