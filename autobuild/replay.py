@@ -6,7 +6,6 @@ denoiser answered at a step, as guidance is, it is that combination whose move c
 """
 
 import contextlib
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from autobuild.sensitivity import sketch
 from errors import InputError
 from models.inputs import map_tensors
+from models.listening import StandIn
 
 LARGEST_RESIDUAL = 0.01  # relative, of what is taken for a linear combination; rounding leaves less
 
@@ -62,15 +62,12 @@ class _Listener:
         for name, module in self.modules.items():
             handle = module.register_forward_hook(self._calling(name, module), with_kwargs=True)
             self.stack.callback(handle.remove)
-        step = self.scheduler.step
 
-        @functools.wraps(step)
-        def stepping(model_output, *args, **kwargs):
+        def stepping(step, model_output, *args, **kwargs):
             self._stepped(model_output)
             return step(model_output, *args, **kwargs)
 
-        self.scheduler.step = stepping
-        self.stack.callback(delattr, self.scheduler, "step")
+        self.stack.enter_context(StandIn(self.scheduler, "step", stepping))
         return self
 
     def __exit__(self, *_):

@@ -13,7 +13,8 @@ from diffusers import ModelMixin
 
 from errors import InputError, first_line, lacks_memory
 from models.components import component_class, dtypes_of, explained, quiet_loading
-from models.inputs import Taken, map_tensors, prompt_argument
+from models.inputs import map_tensors, prompt_argument
+from models.listening import Taken
 from models.repository import INDEX, open_repository
 
 # Models of diffusers' that denoise nothing, by words in their classes' names.

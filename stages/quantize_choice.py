@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autobuild.search import best_within, parts_of_weights, shortest_sum, spare_bytes
+from autobuild.search import best_within, decisions_of_weights, shortest_sum, spare_bytes
 from autobuild.space import SearchSpace
 from errors import InputError
 from quant.entries import fingerprint, fit_entry
 from quant.files import atomic_write, load_checkpoint
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import free_keys
-from stages.forecast import as_time
+from stages.labelling.forecast import as_time
 
 SAVE_SECONDS = 20
 
@@ -109,7 +109,7 @@ def choose(space, known, avg_bits):
     """The configuration whose shifts, of `known` {key: (changes [M], shifts [M, K])}, are found to have the shortest sum."""
     changes, shifts = zip(*(known[keys[0]] for keys in space.keys), strict=True)
     scores = -torch.stack(changes).numpy()
-    first = best_within(space, parts_of_weights(space, scores), avg_bits)
+    first = best_within(space, decisions_of_weights(space, scores), avg_bits)
     codes = shortest_sum(space, torch.stack(shifts).float().numpy(), first, avg_bits)
     return space.configuration(codes)
 
