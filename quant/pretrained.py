@@ -197,12 +197,12 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         """Leave out tied tensors, which the file has once, and what `fuse_qkv_projections` has added."""
         told = self.quantization_config
-        ties = told.ties or {}
-        for path in told.weights.keys() - ties.keys():
+        ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
+        for path in [path for path in told.weights if path not in ties]:
             codes = state_dict.get(f"{path}.codes")
             if codes is None:
                 raise InputError(f"{path}: is not the packed layer that it was; unload LoRAs before saving")
-            if codes.is_meta:
+            if codes.is_meta or on_disk:
                 raise InputError(f"{path}: its weights are offloaded; take the offloading off before saving")
         tied = tuple(f"{path}." for path in ties)
         kept = {name: v for name, v in state_dict.items() if not (name.startswith(tied) and is_packed_name(name))}
@@ -213,6 +213,16 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         config = {name: value for name, value in model._internal_dict.items() if name != "quantization_config"}
         model._internal_dict = FrozenDict(config)
         return model
+
+
+def _are_on_disk(model):
+    """Whether diffusers' group offloading keeps weights in files, and what has no meaning in their place."""
+    for module in [] if model is None else model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
+            return True
+    return False
 
 
 def _is_fused(name, state_dict):
