@@ -22,8 +22,12 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer):
-        shape, device = layer.weight_shape, layer.codes.device
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.compute_dtype, device=device)
+        return cls._of_form(layer.weight_shape, layer.compute_dtype, layer.codes.device)
+
+    @classmethod
+    def _of_form(cls, shape, dtype, device):
+        """One NaN in every place: `other.data = weight` takes the memory as it is, and would crash if there were none."""
+        return torch.Tensor._make_subclass(cls, torch.full((), torch.nan, dtype=dtype, device=device).expand(shape))
 
     def __init__(self, layer):
         self.layer = layer
@@ -45,10 +49,8 @@ class LazyWeight(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in OF_MEMORY:
             raise RuntimeError("the weight of a packed layer has no memory of its own: take `weight.clone()`")
-        if func in SETTERS:
-            if isinstance(args[0], LazyWeight):
-                raise read_only()
-            args = _decoded(args)
+        if func in SETTERS and isinstance(args[0], LazyWeight):
+            raise read_only()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -71,9 +73,7 @@ class ViewOfLazyWeight(LazyWeight):
 
     @staticmethod
     def __new__(cls, view):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, view.shape, view.stride(), view.storage_offset(), dtype=view.dtype, device=view.device
-        )
+        return cls._of_form(view.shape, view.dtype, view.device)
 
     def __init__(self, view):
         self.view_values = view

@@ -15,7 +15,7 @@ from torch import nn
 from zoo import ZOO
 
 from errors import InputError
-from quant import QuantizedModel
+from quant import QuantizedModel, lazy_weight
 from quant.layers import packed_layers
 
 EACH = pytest.mark.parametrize("name", NAMES)
@@ -86,6 +86,8 @@ def test_layers_wait_on_the_host_until_they_run(name):
 def test_groups_wait_on_the_host_until_they_run(name, how, tmp_path):
     if name == "tiny_hunyuan" and how != "block_level":
         pytest.skip("its pooler reads weights without calling their layers")
+    if name == "tiny_dit" and how == "disk":
+        pytest.skip("diffusers writes a tensor that several layers share to the disk once, and lets it go before that")
     denoiser, arguments, output = packed(name)
     other = copy.deepcopy(denoiser)
     options = {"offload_type": how, "num_blocks_per_group": 1}
@@ -197,6 +199,7 @@ FUSING = [name for name in NAMES if hasattr(build(name), "fuse_qkv_projections")
 def test_fused_projections_compute_the_same_and_are_said_to_be_float(name, caplog, tmp_path):
     denoiser, arguments, output = packed(name)
     fused = copy.deepcopy(denoiser)
+    lazy_weight._warn_of_growth.cache_clear()  # it is said once a process
     fused.fuse_qkv_projections()
     torch.testing.assert_close(predict(fused, arguments), output, rtol=1e-4, atol=1e-5)
     if any(path.endswith(("to_qkv", "to_kv")) for path, _ in fused.named_modules()):
