@@ -243,8 +243,9 @@ def module_places(model):
     """{module: [(parent, name)]}: every place in `model` where a module stands."""
     places = {}
     for parent in model.modules():
-        for name, module in parent.named_children():
-            places.setdefault(module, []).append((parent, name))
+        for name, module in parent._modules.items():  # `named_children` tells one of a module's names
+            if module is not None:
+                places.setdefault(module, []).append((parent, name))
     return places
 
 

@@ -5,9 +5,8 @@ diffusers has no call by which a third party enters a quantizer, so `register` a
 this in its `config.json`:
 
     quantization_config: {quant_method: "qua2sedimo", version,
-        weights: {module path: method, or [[method, input channels], ...] of a split weight},
-        ties: {module path: path of the layer with the same weights, which alone is in the file},
-        precision_bits, avg_bits, made_with}
+        weights, ties: see quant/packed_state.py, which checks them and the tensors,
+        precision_bits, avg_bits}
 
 Loading replaces the layers while the model is on the meta device, so float weights never stand. On the CPU codes stay
 mapped from the file. With `from_pretrained(..., quantization_config=Qua2SeDiMoConfig("kmeans-4"))` a float model is
