@@ -18,7 +18,7 @@ from torch import nn
 
 from quant.activations import quantize_channels, quantize_tokens
 from quant.kernels.decode import decode
-from quant.lazy_weight import LazyWeight
+from quant.lazy_weight import LazyWeight, read_only
 from quant.packing import pack_rows, row_bytes
 from quant.registry import quantizer
 
@@ -90,6 +90,8 @@ class PackedLayer:
         self.train(layer.training)
         self.parts, self.act_bits = parts, getattr(layer, "act_bits", None)
         self.compute_dtype = layer.weight.dtype
+        # Looked up once, not at each call, where a compiled graph would have to look into the registry.
+        self._decoders = tuple((p.suffix, p.quantizer.bits, p.count, p.quantizer.group or 0, p.shape) for p in parts)
         for part in parts:
             self._register_empty(part)
 
@@ -111,19 +113,21 @@ class PackedLayer:
 
     def decoded(self, dtype=None):
         """The weight [C, ...] that the codes stand for, in the tables' precision or in `dtype`."""
-        parts = [self._decoded_part(part) for part in self.parts]
+        parts = [self._decoded_part(*decoder) for decoder in self._decoders]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return weight if dtype is None else weight.to(dtype)
 
-    def _decoded_part(self, part):
-        codes, table, zero = (getattr(self, name + part.suffix, None) for name in ("codes", "table", "zero"))
-        rows = decode(codes, table, zero, part.quantizer.bits, part.count, part.quantizer.group or 0)
-        return rows.view(part.shape)
+    def _decoded_part(self, suffix, bits, count, group, shape):
+        codes, table, zero = (getattr(self, name + suffix, None) for name in ("codes", "table", "zero"))
+        return decode(codes, table, zero, bits, count, group).view(shape)
 
     @property
     def weight(self):
-        """The weight as a tensor that is decoded only if an operation asks for its values, and cannot be written to."""
-        return LazyWeight(self)
+        """The weight as a tensor that is decoded only if an operation asks for its values, and cannot be written to.
+
+        In a graph being compiled it is decoded: what asks for its dtype alone leaves nothing of that in the graph.
+        """
+        return self.decoded(self.compute_dtype) if torch.compiler.is_compiling() else LazyWeight(self)
 
     @property
     def weight_shape(self):
@@ -132,8 +136,26 @@ class PackedLayer:
 
     def __setattr__(self, name, value):
         if name == "weight":
-            raise RuntimeError("the weight of a packed layer cannot be replaced; dequantize the model first")
+            raise read_only()
         super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        if name == "weight":
+            raise read_only()
+        super().__delattr__(name)
+
+    def register_parameter(self, name, param):
+        if name == "weight":
+            raise read_only()
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Take tables in the precision that the state dictionary has them in, whatever this layer's are."""
+        for name, table in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if torch.is_tensor(given) and given.is_floating_point() == table.is_floating_point():
+                self._buffers[name] = table.to(given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def tensors(self, part):
         """The codes and tables of a part."""
@@ -221,8 +243,9 @@ def module_places(model):
     """{id of a module: [(parent, name)]}: every place in `model` where it stands; by id, so that it can be let go."""
     places = {}
     for parent in model.modules():
-        for name, module in parent.named_children():
-            places.setdefault(id(module), []).append((parent, name))
+        for name, module in parent._modules.items():  # `named_children` tells one of a module's names
+            if module is not None:
+                places.setdefault(id(module), []).append((parent, name))
     return places
 
 

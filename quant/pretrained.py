@@ -5,32 +5,46 @@ diffusers has no call by which a third party enters a quantizer, so `register` a
 this in its `config.json`:
 
     quantization_config: {quant_method: "qua2sedimo", version,
-        weights: {module path: method, or [[method, input channels], ...] of a split weight},
-        ties: {module path: path of the layer with the same weights, which alone is in the file},
-        precision_bits, avg_bits, made_with}
+        weights, ties: see quant/packed_state.py, which checks them and the tensors,
+        precision_bits, avg_bits}
 
 Loading replaces the layers while the model is on the meta device, so float weights never stand. On the CPU codes stay
 mapped from the file. With `from_pretrained(..., quantization_config=Qua2SeDiMoConfig("kmeans-4"))` a float model is
 fitted and packed layer by layer as its files are read.
 """
 
+import copy
 import enum
 import re
 from collections import OrderedDict
 
 import diffusers
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import nn
 
 from errors import InputError
-from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module, share
+from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
+from quant.packed_state import (
+    check_tables,
+    check_words,
+    dequantize,
+    empty_layers,
+    is_packed_name,
+    put_layers,
+    put_tensor,
+    tied_names,
+    told_sizes,
+    weights_of,
+)
 from quant.registry import quantizer
 from quant.slots import is_weight_layer
 
 VERSION = 1
+# Layers that `fuse_qkv_projections` makes of others, beside those.
+FUSED = re.compile(r"(.*\.)(to_qkv|to_kv|to_added_qkv)\.(weight|bias)")
 
 
 class QuantMethod(enum.StrEnum):  # diffusers asks for `.value`, JSON for a string
@@ -41,17 +55,24 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
     """How a model of diffusers' is quantized, or was.
 
     `method`: the quantizer of every weight when a float model is quantized on loading. `modules_to_not_convert`: module
-    paths, or the beginnings of such, to leave in float. The rest is of a saved model; see this module's text.
+    paths, or the beginnings of such, to leave in float. The rest is of a saved model; see this module's text. InputError
+    for anything else.
     """
 
     def __init__(
         self, method=None, modules_to_not_convert=None, weights=None, ties=None, version=VERSION, quant_method=None, **notes
     ):
         self.quant_method = QuantMethod.QUA2SEDIMO
-        if version != VERSION:
-            raise InputError(f"quantization_config: version {version}, this program reads {VERSION}")
-        for word in [method] if method is not None else []:
-            quantizer(word)  # refuses an unknown one
+        if version != VERSION or isinstance(version, bool):
+            raise InputError(f"quantization_config: version {version!r}, this program reads {VERSION}")
+        if method is not None:
+            quantizer(method)  # refuses an unknown one
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = [modules_to_not_convert]
+        left = modules_to_not_convert or []
+        if not isinstance(left, list | tuple) or not all(isinstance(path, str) for path in left):
+            raise InputError(f"quantization_config: modules_to_not_convert is {left!r}, not a list of module paths")
+        check_words(weights, ties)
         self.method, self.modules_to_not_convert, self.version = method, modules_to_not_convert, version
         self.weights, self.ties = weights, ties
         self.notes = notes
@@ -59,7 +80,7 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
     def to_dict(self):
         """The entries as JSON holds them, what is unset left out."""
         told = {name: value for name, value in self.__dict__.items() if value is not None and name != "notes"}
-        return told | self.notes | {"quant_method": self.quant_method.value}
+        return self.notes | told | {"quant_method": self.quant_method.value}
 
     def to_diff_dict(self):
         return self.to_dict()
@@ -76,6 +97,8 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
     is_serializable = True
     is_trainable = False
     is_compileable = True
+    loaded_keys = None  # names in the files, where diffusers tells them
+    device_map = None
 
     @property
     def supports_parallel_loading(self):
@@ -84,24 +107,48 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
     def get_cuda_warm_up_factor(self):
         return 2 if self.pre_quantized else 8
 
+    def validate_environment(self, device_map=None, **kwargs):
+        self.device_map = device_map
+
+    def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
+        self.loaded_keys = set(loaded_keys)
+        return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict):
+        """`from_single_file` does not say whether a file is quantized: this is where it shows."""
+        if self.quantization_config.weights is None and not any(is_packed_name(name) for name in state_dict):
+            self.pre_quantized = False
+        return state_dict
+
     def update_missing_keys(self, model, missing_keys, prefix):
-        """Tied tensors are in the file once; every other packed tensor has to be there."""
-        tied = [f"{path}." for path in self.quantization_config.ties or {}]
-        packed = set(_packed_names(model))
-        lost = [key for key in missing_keys if key in packed and not key.startswith(tuple(tied))]
+        """Tied tensors are in the file once; every other tensor has to be there, and nothing else."""
+        tied = tied_names(model, self.quantization_config.ties)
+        lost = sorted(set(missing_keys) - tied)
         if lost:
             raise InputError(f"the quantized model's files lack {len(lost)} tensors, first {lost[0]}; get the whole folder")
-        return [key for key in missing_keys if key not in packed]
+        expected = model.state_dict().keys() - tied
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        extra = [key for key in (self.loaded_keys or set()) - expected if not any(re.search(each, key) for each in ignored)]
+        if extra and self.pre_quantized:
+            raise InputError(f"the quantized model's files have {len(extra)} tensors too many, first {min(extra)}")
+        return []
 
     def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs):
-        self.kept = tuple(keep_in_fp32_modules or ())
+        told, self.kept = self.quantization_config, tuple(keep_in_fp32_modules or ())
         if not self.pre_quantized:
+            if told.method is None:
+                raise InputError("quantization_config: names no method to quantize by, such as kmeans-4")
             self.places = module_places(model)
             return
-        replace_by_empty(model, self.quantization_config)
+        if not told.weights:
+            raise InputError("quantization_config: names no weights that are quantized; get the folder again")
+        replace_by_empty(model, told)
         for path, layer in packed_layers(model):
             if set(self.kept) & set(path.split(".")):
                 layer.compute_dtype = torch.float32
+        self.sharing = {}  # path of a layer -> layers that share its tensors
+        for path, shared in (told.ties or {}).items():
+            self.sharing.setdefault(shared, []).append(model.get_submodule(path))
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs):
         path, _, name = param_name.rpartition(".")
@@ -121,30 +168,76 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
     def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, *args, **kwargs):
         path, _, name = param_name.rpartition(".")
         value, module = state_dict[param_name], model.get_submodule(path)  # as the file has it: `param_value` is cast
-        if isinstance(module, PackedLayer):
-            _load_packed(module, name, value, param_name, target_device)
-        else:
+        if not isinstance(module, PackedLayer):
             packed = _fit_and_pack(path, module, value.to(target_device), param_value.dtype, self.quantization_config.method)
             replace_module(self.places[id(module)], packed)
+        elif self.pre_quantized:
+            put_tensor(module, name, value, param_name, target_device)
+            for tied in self.sharing.get(path, ()):
+                setattr(tied, name, getattr(module, name))
+        # else it is one that stands at several places, and is packed already
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        self._check_all_is_there(model)
         if self.pre_quantized:
-            share(model, self.quantization_config.ties or {})
-            _check_tables(model)
+            check_tables(packed_layers(model))
         else:
-            self.quantization_config.weights = weights_of(model)
+            del self.places
+            self.quantization_config = _completed(self.quantization_config, model)
         finish(model, self.quantization_config)
 
+    def _check_all_is_there(self, model):
+        """Whatever an index of files has promised; a device map may keep weights elsewhere for now."""
+        devices = {str(device) for device in (self.device_map or {}).values()}
+        empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if empty and len(devices - {"disk"}) == len(devices) <= 1:
+            raise InputError(f"{empty}: is not in the files; get the whole folder")
+
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
-        """Leave tied tensors out: the file has them once."""
-        tied = tuple(f"{path}." for path in self.quantization_config.ties or {})
-        kept = {name: v for name, v in state_dict.items() if not (name.startswith(tied) and _is_packed_name(name))}
-        return kept, {}
+        """Leave out tied tensors, which the file has once, and what `fuse_qkv_projections` has added."""
+        told = self.quantization_config
+        ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
+        for path in [path for path in told.weights if path not in ties]:
+            codes = state_dict.get(f"{path}.codes")
+            if codes is None:
+                raise InputError(f"{path}: is not the packed layer that it was; unload LoRAs before saving")
+            if codes.is_meta or on_disk:
+                raise InputError(f"{path}: its weights are offloaded; take the offloading off before saving")
+        tied = tuple(f"{path}." for path in ties)
+        kept = {name: v for name, v in state_dict.items() if not (name.startswith(tied) and is_packed_name(name))}
+        return {name: value for name, value in kept.items() if not _is_fused(name, kept)}, {}
 
     def _dequantize(self, model):
         dequantize(model)
-        model.register_to_config(quantization_config=None)
+        config = {name: value for name, value in model._internal_dict.items() if name != "quantization_config"}
+        model._internal_dict = FrozenDict(config)
         return model
+
+
+def _are_on_disk(model):
+    """Whether diffusers' group offloading keeps weights in files, and what has no meaning in their place."""
+    for module in [] if model is None else model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
+            return True
+    return False
+
+
+def _is_fused(name, state_dict):
+    made = FUSED.fullmatch(name)
+    return made is not None and any(f"{made[1]}to_k.{leaf}" in state_dict for leaf in ("codes", "weight"))
+
+
+def _completed(configuration, model):
+    """A copy of the configuration that a float model was quantized by on loading, with what came of it."""
+    told = copy.copy(configuration)
+    told.weights = weights_of(model)
+    if not told.weights:
+        raise InputError("quantization_config: leaves no weight to quantize")
+    table = next(layer.table for _, layer in packed_layers(model))
+    told.notes = told_sizes(model, None, 8 * table.itemsize) | told.notes
+    return told
 
 
 def register():
@@ -161,12 +254,18 @@ def register():
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.QUA2SEDIMO.value, Qua2SeDiMoConfig)
 
 
-def attach(model, ties, **notes):
+def attach(model, ties, precision_bits, **notes):
     """Make a model of diffusers' whose layers were packed in place one that saves as if it were loaded packed."""
-    configuration = Qua2SeDiMoConfig(weights=weights_of(model), ties=ties or None, **notes)
+    sizes = told_sizes(model, ties, precision_bits)
+    configuration = Qua2SeDiMoConfig(weights=weights_of(model), ties=ties or None, **sizes | notes)
     model.hf_quantizer = Qua2SeDiMoQuantizer(configuration, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, configuration.quant_method
     finish(model, configuration)
+
+
+def replace_by_empty(model, configuration):
+    """Put empty packed layers in the place of the weight layers that a saved configuration names."""
+    put_layers(model, empty_layers(model, configuration.weights, configuration.ties))
 
 
 def finish(model, configuration):
@@ -175,63 +274,6 @@ def finish(model, configuration):
     model.register_to_config(quantization_config=configuration)
     if _with_lazy_weights not in getattr(model, "_state_dict_hooks", {}).values():
         model._register_state_dict_hook(_with_lazy_weights)
-
-
-def weights_of(model):
-    """{module path: method, or [[method, input channels], ...]} of the packed layers."""
-    told = {}
-    for path, layer in packed_layers(model):
-        parts = [[part.method, part.shape[1]] for part in layer.parts]
-        told[path] = parts if len(parts) > 1 else parts[0][0]
-    return told
-
-
-def replace_by_empty(model, configuration):
-    """Put empty packed layers in the place of the weight layers that a saved configuration names.
-
-    InputError, naming it, for a module that the model has not or that is no such layer, and for an unknown method.
-    """
-    places = module_places(model)
-    for path, told in (configuration.weights or {}).items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            raise InputError(f"quantization_config: {path} is not in a {type(model).__name__}") from None
-        if isinstance(layer, PackedLayer):
-            continue  # one that stands at several places
-        if not is_weight_layer(layer):
-            raise InputError(f"quantization_config: {path} is a {type(layer).__name__}, which has no weight to quantize")
-        replace_module(places[id(layer)], packed_form(layer, _parts_told(path, told, layer.weight.shape)))
-
-
-def _parts_told(path, told, shape):
-    pairs = [[told, shape[1]]] if isinstance(told, str) else told
-    try:
-        methods, widths = [str(pair[0]) for pair in pairs], [int(pair[1]) for pair in pairs]
-    except (TypeError, ValueError, IndexError, KeyError):
-        raise InputError(f"quantization_config: {path} has {told!r}, not a method") from None
-    if not widths or min(widths) < 1 or sum(widths) != shape[1]:
-        raise InputError(f"quantization_config: {path} is split into {widths} of its {shape[1]} input channels")
-    for method in methods:
-        quantizer(method)
-    if len(widths) == 1:
-        return packed_parts(shape, methods)
-    ends = [sum(widths[: number + 1]) for number in range(len(widths))]
-    return packed_parts(shape, methods, [(end - width, end) for width, end in zip(widths, ends, strict=True)])
-
-
-def _load_packed(layer, name, value, full_name, device):
-    """Put a tensor of the file into a packed layer; InputError if it is not of the kind and shape that belongs there."""
-    expected = getattr(layer, name)
-    is_table = name.startswith("table")
-    is_kind = value.is_floating_point() if is_table else not value.is_floating_point() and not value.is_complex()
-    if value.shape != expected.shape or not is_kind or (name.startswith("codes") and value.dtype != torch.uint8):
-        found, wanted = f"{value.dtype} {list(value.shape)}", list(expected.shape)
-        raise InputError(f"{full_name}: is {found}, not of shape {wanted}; the file is damaged or of another model")
-    if name.startswith("codes"):
-        setattr(layer, name, nn.Parameter(value.to(device), requires_grad=False))  # on the CPU still the file's own
-    else:
-        setattr(layer, name, value.to(device, copy=True))
 
 
 @torch.no_grad()
@@ -245,32 +287,6 @@ def _fit_and_pack(path, layer, weight, dtype, method):
     packed.compute_dtype = dtype
     packed.fill(packed.parts[0], weight, parameters)
     return packed
-
-
-def _packed_names(model):
-    return [f"{path}.{name}" for path, layer in packed_layers(model) for part in layer.parts for name in part.names]
-
-
-def _is_packed_name(name):
-    return re.fullmatch(r"(codes|table|zero)(_\d+)?", name.rpartition(".")[2]) is not None
-
-
-def _check_tables(model):
-    """InputError, naming the layer, unless every table can be what a fit has made."""
-    for path, layer in packed_layers(model):
-        for part in layer.parts:
-            parameters = {parameter: getattr(layer, name) for name, parameter in part.tables.items()}
-            if any(tensor.is_meta for tensor in parameters.values()):
-                raise InputError(f"{path}: its table is not in the files; get the whole folder")
-            if not part.quantizer.check(parameters, torch.Size(part.shape)):
-                raise InputError(f"{path}: its {part.method} table is damaged; get the folder again")
-
-
-def dequantize(model):
-    """Put float layers with the decoded weights in the place of the packed ones."""
-    places = module_places(model)
-    for layer in {layer for _, layer in packed_layers(model)}:
-        replace_module(places[id(layer)], layer.dequantized())
 
 
 class _StateDict(OrderedDict):
@@ -295,7 +311,7 @@ class _StateDict(OrderedDict):
 
 def _with_lazy_weights(model, state_dict, prefix, _metadata):
     """Hook of `state_dict()`: diffusers' LoRA loaders look weights up in it to learn their shapes."""
-    if prefix or any(value.is_meta for name, value in state_dict.items() if _is_packed_name(name)):
+    if prefix or any(value.is_meta for name, value in state_dict.items() if is_packed_name(name)):
         return None
     answering = _StateDict(state_dict, model=model)
     answering._metadata = getattr(state_dict, "_metadata", None)

@@ -1,0 +1,17 @@
+"""Loading a packed denoiser holds no float weight: a process of its own measures what it takes."""
+
+import sys
+
+import pytest
+
+from benchmarks import loading
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_new_memory_is_a_twentieth_of_half_precision(tmp_path):
+    figures = loading.measure(tmp_path, num_layers=6)
+    half = figures["half_precision_bytes"]
+    assert 2e8 < half < 4e8
+    assert 0.25 * half < figures["packed_weight_bytes"] < figures["file_bytes"] < 0.28 * half
+    assert figures["new_bytes"] < 0.05 * half
+    assert figures["peak_bytes_with_mapped"] < 0.15 * half  # and what of the file is read to check it
