@@ -297,18 +297,6 @@ def loads_or_is_refused(folder, arguments, output):
     return True
 
 
-@pytest.mark.parametrize("how", ["null", "left out"])
-def test_without_a_quantization_diffusers_gives_a_model_without_values(how, tmp_path):
-    """Nothing of ours is asked then."""
-    arguments, _ = saved("pixart", tmp_path)
-    told = json.loads((tmp_path / CONFIG).read_text()) | {"quantization_config": None}
-    if how == "left out":
-        del told["quantization_config"]
-    (tmp_path / CONFIG).write_text(json.dumps(told))
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        predict(AutoModel.from_pretrained(str(tmp_path)), arguments).tolist()  # its weights are on the meta device
-
-
 def test_mutated_configurations_are_refused_or_load_the_same(name, tmp_path):
     """What is mutated is ours: of the rest, some is read by no one and some means another model of the same shapes."""
     arguments, output = saved(name, tmp_path)
@@ -316,7 +304,7 @@ def test_mutated_configurations_are_refused_or_load_the_same(name, tmp_path):
     for _ in range(FUZZED // 3):
         changed = content | {"quantization_config": mutated(content["quantization_config"], draw)}
         if changed["quantization_config"] is None:
-            continue  # see the test before
+            continue  # diffusers asks nothing of ours then: it warns, and gives a model on the meta device
         (tmp_path / CONFIG).write_text(json.dumps(changed))
         loaded += loads_or_is_refused(tmp_path, arguments, output)
     assert 0 < loaded < FUZZED // 6  # notes that no one reads may be anything
