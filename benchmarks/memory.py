@@ -185,12 +185,12 @@ def main():
     print("\n".join(table(lines)), flush=True)
     result = {"families": lines}
     if args.measure:
-        from benchmarks.memory_check import measure
+        from benchmarks.memory_check import MEASURED, measure
 
-        result["measured"] = list(measure())
+        result["measured"] = [line for name in MEASURED for line in measure(name)]
         for line in result["measured"]:
             reckoned, measured = (f"{line[name] / 1e9:.2f} GB" for name in ("reckoned", "measured"))
-            print(f"pixart_alpha, {line['stage']}: reckoned {reckoned}, measured {measured}")
+            print(f"{line['family']}, {line['stage']}: reckoned {reckoned}, measured {measured}")
     write_result("memory", result)
 
 

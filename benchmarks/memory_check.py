@@ -1,7 +1,8 @@
-"""The peak of the host's memory while the real scripts run a PixArt-alpha of real size, beside what is reckoned of it.
+"""The peak of the host's memory while the real scripts run a model of real size, beside what is reckoned of it.
 
-All of it is of real size but the text encoder, the embedded one; weights are random. The model is computed with on the CPU,
-an image at a time. What the same script takes with the embedded model, the program itself, is off what is measured.
+All of it is of real size but the text encoders, the embedded ones; weights are random. The model is computed with on the
+CPU, an image at a time, SDXL without its refiner. What the same script takes with the embedded model, the program itself,
+is off what is measured.
 """
 
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -23,43 +25,54 @@ from models import geometry
 from models.families import FAMILIES
 from models.pipelines import EMBEDDED_FOLDER
 
-FAMILY = FAMILIES["pixart_alpha"]
-EMBEDDED = EMBEDDED_FOLDER / FAMILY.name
 STAGES = {"multiquantizer": (), "infer": (), "infer --pack": ("--pack", "--no_compare")}  # and their flags
+# name -> settings of the denoiser that its text encoders ask for, and stages whose denoiser a machine of 24 GB can hold
+MEASURED = {
+    "pixart_alpha": (("caption_channels",), tuple(STAGES)),
+    "sdxl": (
+        ("cross_attention_dim", "projection_class_embeddings_input_dim", "addition_time_embed_dim"),
+        ("multiquantizer", "infer --pack"),
+    ),
+}
 
 
-def embedded_setting(part, name):
-    return json.loads((EMBEDDED / part / "config.json").read_text())[name]
+def embedded_settings(name, part, settings):
+    told = json.loads((EMBEDDED_FOLDER / name / part / "config.json").read_text())
+    return {setting: told[setting] for setting in settings}
 
 
-def make_folder(folder):
+def conditioning(name):
+    return embedded_settings(name, FAMILIES[name].denoiser, MEASURED[name][0])
+
+
+def make_folder(name, folder):
     """The pipeline's folder."""
-    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("transformer", "vae"))
-    random_denoiser(FAMILY.name, caption_channels=embedded_setting("transformer", "caption_channels")).save_pretrained(
-        folder / "transformer"
-    )
-    scaling = embedded_setting("vae", "scaling_factor")
-    diffusers.AutoencoderKL(**real_parts.VAE, scaling_factor=scaling).half().save_pretrained(folder / "vae")
+    family = FAMILIES[name]
+    shutil.copytree(EMBEDDED_FOLDER / name, folder, ignore=shutil.ignore_patterns(family.denoiser, "vae"))
+    random_denoiser(name, **conditioning(name)).save_pretrained(folder / family.denoiser)
+    scaling = embedded_settings(name, "vae", ("scaling_factor",))
+    diffusers.AutoencoderKL(**real_parts.VAE, **scaling).half().save_pretrained(folder / "vae")
 
 
-def reckon():
+def reckon(name):
     """Bytes of each of the stages."""
-    parts = []
-    for dtype in (FAMILY.dtype, torch.float32):
+    family, parts = replace(FAMILIES[name], refiner=None), []
+    for dtype in (family.dtype, torch.float32):
         with torch.device("meta"):
-            denoiser = geometry.build(FAMILY.name, caption_channels=embedded_setting("transformer", "caption_channels"))
-        parts.append(pipeline_of(FAMILY, dtype, denoiser, [], 1, FAMILY.resolution))
-    return {stage: cpu_bytes(*parts, stage) for stage in STAGES}
+            denoiser = geometry.build(name, **conditioning(name))
+        parts.append(pipeline_of(family, dtype, denoiser, [], 1, family.resolution))
+    return {stage: cpu_bytes(*parts, stage) for stage in MEASURED[name][1]}
 
 
-def peaks(folder, model):
+def peaks(family, folder, model):
     """Bytes at the peak of each of the stages."""
     file = folder / f"{Path(model).name}.pt"
     flags = {"multiquantizer": ("--output", file)}
     infer = ("--multi_chkpt", file, "--q_config", "uniform:mse-4", "--outdir", folder / "images")
-    infer += ("--n_imgs", 1, "--batch_size", 1, "--steps", 2)
-    for stage, own in STAGES.items():
-        name = f"scripts/{FAMILY.name}_{stage.split()[0]}.py"
+    infer += ("--n_imgs", 1, "--batch_size", 1, "--steps", 2, "--res", family.resolution if model != "embedded" else 64)
+    infer += ("--no_refiner",) if family.refiner else ()
+    for stage in MEASURED[family.name][1]:
+        own, name = STAGES[stage], f"scripts/{family.name}_{stage.split()[0]}.py"
         yield stage, peak_of(name, "--device", "cpu", "--model_id", model, *flags.get(stage, infer), *own)
 
 
@@ -70,14 +83,14 @@ def peak_of(*command):
     return int(done.stdout.splitlines()[-1])
 
 
-def measure():
-    """{stage, bytes reckoned, bytes measured} of each stage."""
+def measure(name):
+    """{family, stage, bytes reckoned, bytes measured} of each stage."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        subprocess.run([sys.executable, "-m", "benchmarks.memory_check", folder / "real"], check=True)
-        program, used = (dict(peaks(folder, model)) for model in ("embedded", folder / "real"))
-        for stage, reckoned in reckon().items():
-            yield {"stage": stage, "reckoned": reckoned, "measured": used[stage] - program[stage]}
+        subprocess.run([sys.executable, "-m", "benchmarks.memory_check", name, folder / "real"], check=True)
+        program, used = (dict(peaks(FAMILIES[name], folder, model)) for model in ("embedded", folder / "real"))
+        for stage, reckoned in reckon(name).items():
+            yield {"family": name, "stage": stage, "reckoned": reckoned, "measured": used[stage] - program[stage]}
 
 
 if __name__ == "__main__":
@@ -86,4 +99,4 @@ if __name__ == "__main__":
         runpy.run_path(sys.argv[0], run_name="__main__")
         print(peak_memory(torch.device("cpu")))
     else:
-        make_folder(Path(sys.argv[0]))
+        make_folder(sys.argv[0], Path(sys.argv[1]))
