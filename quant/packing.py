@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK = 2**20  # groups taken together, which bounds the memory beside codes and bytes
+CHUNK = 2**17  # groups taken together, which bounds the memory beside codes and bytes
 
 
 def row_bytes(count, bits):

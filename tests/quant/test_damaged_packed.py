@@ -18,7 +18,7 @@ LAYER = "transformer_blocks.0.attn1.to_q"
 FUZZED = 300
 
 
-@pytest.fixture(params=["pixart", "tiny_dit", "tiny_sdxl"])
+@pytest.fixture(params=["pixart", "tiny_dit", pytest.param("tiny_sdxl", marks=pytest.mark.slow)])
 def name(request):
     return request.param
 

@@ -18,6 +18,7 @@ from quant.slots import is_weight_layer
 
 PIPELINES = ["flux", "sd3", "wan", "qwen_image", "z_image", "sana", "ltx_video", "aura_flow"]
 UNETS = ["sdxl", "sdv15"]
+SDXL = pytest.param("sdxl", marks=pytest.mark.slow)
 
 
 class Drawing:
@@ -62,7 +63,7 @@ def _takes_lora(path, layer):
     return inner and getattr(layer, "groups", 1) == 1
 
 
-@pytest.fixture(params=[*PIPELINES, *UNETS])
+@pytest.fixture(params=[*PIPELINES, SDXL, "sdv15"])
 def drawing(request):
     return Drawing(request.param)
 
@@ -88,7 +89,7 @@ def test_it_acts_as_on_the_dequantized_model_and_comes_off(drawing, tmp_path):
     np.testing.assert_allclose(found, drawing.draw(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["flux", "sana", "sdxl"])
+@pytest.mark.parametrize("name", ["flux", "sana", SDXL])
 @pytest.mark.parametrize("safe", [False, True])
 def test_it_is_not_fused_in_silence(name, safe, tmp_path):
     drawing = Drawing(name)

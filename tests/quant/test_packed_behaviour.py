@@ -136,7 +136,9 @@ def test_layerwise_casting_casts_the_biases_alone(name):
         assert torch.equal(output_of(cast, arguments), output_of(rounded, arguments))
 
 
-@OTHERS_EACH
+@pytest.mark.parametrize(
+    "name", [name if name in ("flux", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
 def test_it_compiles_to_one_graph(name):
     denoiser, arguments, output = packed(name)
     torch._dynamo.reset()

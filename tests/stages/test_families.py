@@ -142,7 +142,7 @@ def test_the_six_scripts_of_a_stage_differ_only_by_family(stage):
 def test_scripts_name_two_commands():
     paths = sorted((ROOT / "scripts").glob("*.py"))
     others = {path.stem for path in paths} - {f"{name}_{stage}" for name in FAMILIES for stage in STAGES}
-    assert others == {"quant_cache_report", "train_predictor", "build_config", "plot_insights", "plot_dag"}
+    assert others == {"quant_cache_report", "train_predictor", "build_config", "plot_insights", "plot_dag", "quantize"}
     for path in paths:
         text = path.read_text()
         assert text.count(f"\npython scripts/{path.name}") == 2

@@ -253,6 +253,7 @@ def test_denoisers_are_found_by_what_they_are(name):
     assert set(any_pipeline.denoiser_names(_Index(ZOO[name].build_pipeline()))) == set(ZOO[name].denoiser_names)
 
 
+@pytest.mark.slow
 def test_average_bits_are_kept_to_and_beat_the_uniform_choice(zoo_folder, tmp_path, monkeypatch):
     """The denoiser is asked which weights are sensitive; asked again, its answers are read from their file."""
     flags = ("--model_id", zoo_folder("flux"), "--n_imgs", 2, "--steps", 2, "--calls", 2, "--no_compare", *CALLS["flux"])
@@ -334,6 +335,7 @@ def test_ties_and_splits_of_the_families_are_kept(packed_family):
     assert len(dit["quantization_config"]["ties"]) == 2 * 27
 
 
+@pytest.mark.slow
 def test_a_packed_sdxl_is_taken_by_its_family(packed_family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = packed_family("sdxl", "--res", 64, "--prompt", "a red seven on a blue background")
