@@ -39,11 +39,18 @@ QUICK = ("--steps", 3)
 
 
 EVERY = {name: pytest.param(name, marks=pytest.mark.xdist_group(f"family {name}")) for name in FAMILIES}
+SLOW = {name: pytest.param(name, marks=[*each.marks, pytest.mark.slow]) for name, each in EVERY.items()}
 
 
 def only(*names):
     """For tests of the flags' logic, which is the same for all families."""
     return pytest.mark.parametrize("workplace", [EVERY[name] for name in names], indirect=True)
+
+
+def quickly(*names):
+    """For all families, but where tests are not to take long for these alone."""
+    each = [(EVERY if name in names else SLOW)[name] for name in FAMILIES]
+    return pytest.mark.parametrize("workplace", each, indirect=True)
 
 
 @pytest.fixture(scope="module", params=EVERY.values())
@@ -106,6 +113,7 @@ def test_labels_go_on_with_the_same_flags_alone(in_workplace, run_script):
     assert code == 2 and ("not 128" in printed or "images of 64 px only" in printed)
 
 
+@quickly("pixart_alpha", "dit")
 def test_activations_act_and_fewer_bits_change_more(in_workplace, run_script):
     """The pictures differ with --quant_act, and 6 bits are farther from none than 8."""
     family, folder = in_workplace
@@ -185,6 +193,7 @@ def test_published_defaults(name, monkeypatch, run_script):
     assert seen.get("refiner_id") == ("stabilityai/stable-diffusion-xl-refiner-1.0" if name == "sdxl" else None)
 
 
+@pytest.mark.slow
 def test_sdxl_parts_stitch_themselves(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
     denoiser = load_denoiser(FAMILIES["sdxl"], "embedded", torch.device("cpu"))
