@@ -84,7 +84,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-    items.sort(key=lambda item: item.path.parent.name != "stages")
+    longest = ("labelling", "stages", "hub_layouts")
+    items.sort(key=lambda item: min((longest.index(part) for part in item.path.parts if part in longest), default=3))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from benchmarks import loading
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_new_memory_is_a_twentieth_of_half_precision(tmp_path):
     figures = loading.measure(tmp_path, num_layers=6)
     half = figures["half_precision_bytes"]

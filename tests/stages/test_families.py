@@ -92,6 +92,7 @@ def label_flags(family):
     return "--outdir", outdir, "--model_id", "embedded", "--num_archs", 2, "--n_imgs", 6, *QUICK
 
 
+@quickly("pixart_alpha", "dit", "sdv15")
 def test_eval_random_by_the_published_command(in_workplace, run_script):
     family, folder = in_workplace
     flags = label_flags(family)

@@ -111,6 +111,7 @@ def cell(sheet, row, rows=2):
     return np.asarray(sheet.crop((6, row * height + 6 + 18 + 6, 6 + 128, row * height + 6 + 18 + 6 + 128)), dtype=float)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_draws_the_image_that_the_sheet_shows(packed, tmp_path):
     call = "dict(prompt=['a red seven'], num_inference_steps=2, height=16, width=16, max_sequence_length=16)"
     command = [sys.executable, "-c", FRESH, str(packed("flux")), call, str(tmp_path / "drawn.npy")]
