@@ -52,7 +52,10 @@ def images_of(outdir):
     return np.stack([np.asarray(Image.open(path)) for path in sorted((run / "samples").iterdir())])
 
 
-@pytest.mark.parametrize("workplace", list(FAMILIES), indirect=True)
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("pixart_sigma", "hunyuan")}
+
+
+@pytest.mark.parametrize("workplace", [SLOW.get(name, name) for name in FAMILIES], indirect=True)
 def test_the_three_stages(workplace, run_script, judged_by_digits, reference):
     family, folder = workplace
     code, printed = run_script(multiquantizer, family.name, *CPU)

@@ -27,6 +27,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_equals_the_cpu():
     device, size = ("cuda", (500, 700)) if torch.cuda.is_available() else ("cpu", (5, 20))
     code = CODE.format(rows=size[0], width=size[1], device=device)

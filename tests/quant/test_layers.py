@@ -17,6 +17,7 @@ from quant.layers import packed_layers, weight_bytes
 from quant.model import QuantizedModel
 from quant.slots import WeightSlot, find_slots
 
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sdv15")]
 EACH = pytest.mark.parametrize("quantized", ["dit", *SPLIT_FAMILIES], indirect=True)
 
 
@@ -152,7 +153,7 @@ def test_packing_needs_no_quantized_copy(quantized):
 
 
 # Hunyuan-DiT reads weights of layers that it does not call, so its pipeline leaves it out of this kind of offloading.
-@pytest.mark.parametrize("quantized", ["dit", pytest.param("sdxl", marks=pytest.mark.slow), "sdv15"], indirect=True)
+@pytest.mark.parametrize("quantized", ["dit", *SLOWER], indirect=True)
 def test_offloaded_layers_change_and_pack_where_they_are_kept(quantized):
     """Under accelerate's hooks, put on before or after, and off again: each output is what it is without."""
     first, second = (config.draw_random(quantized.slots, 0, index) for index in range(2))

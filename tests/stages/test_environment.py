@@ -41,6 +41,7 @@ def test_images_without_a_home(tmp_path, run, mq):
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["dit_sample"]  # and no folder of the name ~
 
 
+@pytest.mark.slow
 def test_a_report_in_a_home_that_cannot_be_written_to(tmp_path, run, labels):
     done = run("quant_cache_report.py", labels, "--outdir", "report", HOME="/dev/null/nowhere")
     assert done.returncode == 0 and done.stderr == ""

@@ -114,7 +114,7 @@ def test_labels_go_on_with_the_same_flags_alone(in_workplace, run_script):
     assert code == 2 and ("not 128" in printed or "images of 64 px only" in printed)
 
 
-@quickly("pixart_alpha", "dit")
+@quickly("dit")
 def test_activations_act_and_fewer_bits_change_more(in_workplace, run_script):
     """The pictures differ with --quant_act, and 6 bits are farther from none than 8."""
     family, folder = in_workplace

@@ -296,6 +296,7 @@ def packed_family(built_once):
     return path_of
 
 
+@pytest.mark.slow
 def test_a_packed_dit_is_taken_by_its_family(packed_family, mq, tmp_path, monkeypatch):
     """Its images are those of the float folder under the same configuration."""
     monkeypatch.chdir(tmp_path)
