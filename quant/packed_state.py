@@ -165,7 +165,12 @@ def dequantize(model):
 
 def told_sizes(model, ties, precision_bits):
     """{precision_bits, avg_bits} of the packed weights, scales and codebooks counted, tied ones once."""
-    parts = [part for path, layer in packed_layers(model) if path not in (ties or {}) for part in layer.parts]
-    quantized_bytes = sum(part.quantizer.size_bytes(torch.Size(part.shape), precision_bits) for part in parts)
-    weights = sum(torch.Size(part.shape).numel() for part in parts)
-    return {"precision_bits": precision_bits, "avg_bits": round(8 * quantized_bytes / weights, 4)}
+    avg_bits, _ = size_of((layer for path, layer in packed_layers(model) if path not in (ties or {})), precision_bits)
+    return {"precision_bits": precision_bits, "avg_bits": round(avg_bits, 4)}
+
+
+def size_of(layers, precision_bits):
+    """(average bits, bytes) of packed layers' weights by their shapes, scales and codebooks counted in that precision."""
+    parts = [part for layer in layers for part in layer.parts]
+    size_bytes = sum(part.quantizer.size_bytes(torch.Size(part.shape), precision_bits) for part in parts)
+    return 8 * size_bytes / sum(torch.Size(part.shape).numel() for part in parts), size_bytes

@@ -7,8 +7,6 @@ import argparse
 import contextlib
 from pathlib import Path
 
-import torch
-
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
 from models.components import is_packed, quiet_loading
@@ -17,6 +15,7 @@ from models.pipelines import defaults, model_of, pick_device
 from quant import config, layers, multiquantizer
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import remove_leftovers, save_png
+from quant.packed_state import size_of
 from stages import q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
@@ -112,7 +111,8 @@ def run(family, args, flags, device, prompts, folder):
         return
     sampler = load_for(args, family, device, prompts, place=False)
     if args.packed:
-        put, avg_bits, size_bytes = None, *packed_size(sampler.denoiser, family.precision_bits)
+        packed = (layer for _, layer in layers.packed_layers(sampler.denoiser))
+        put, avg_bits, size_bytes = None, *size_of(packed, family.precision_bits)
     else:
         put, avg_bits, size_bytes = chosen(args, family, sampler.denoiser)
     save_settings(flags, folder / SETTINGS)
@@ -145,13 +145,6 @@ def chosen(args, family, denoiser):
     description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)
     return lambda: quantize(args, model, configuration), avg_bits, config.quantized_size(description)
-
-
-def packed_size(denoiser, precision_bits):
-    """(average bits, bytes) of the weights of a denoiser that was packed by this program, by their shapes."""
-    parts = [part for _, layer in layers.packed_layers(denoiser) for part in layer.parts]
-    size_bytes = sum(part.quantizer.size_bytes(torch.Size(part.shape), precision_bits) for part in parts)
-    return 8 * size_bytes / sum(torch.Size(part.shape).numel() for part in parts), size_bytes
 
 
 def quantize(args, model, configuration):
