@@ -162,7 +162,7 @@ def test_published_names_of_flags(monkeypatch, run_script):
     """sdv15 has the published names of its flags beside the project's own."""
     seen = {}
     monkeypatch.setattr(
-        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+        infer, "check_first", lambda args, *rest: seen.update(args) or (_ for _ in ()).throw(OSError("stop"))
     )
     flags = ("--ckpt", "embedded", "--ddim_steps", 7, "--ddim_eta", 0.0, "--scale", 3.5, "--res", 64, "--seed", 3)
     code, printed = run_script(infer, "sdv15", *flags)
@@ -177,7 +177,7 @@ def test_published_defaults(name, monkeypatch, run_script):
     """Without flags the published prompts, sizes, steps, guidance, file names are asked for."""
     seen = {}
     monkeypatch.setattr(
-        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
+        infer, "check_first", lambda args, *rest: seen.update(args) or (_ for _ in ()).throw(OSError("stop"))
     )
     run_script(infer, name)
     family = FAMILIES[name]
