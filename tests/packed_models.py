@@ -5,14 +5,14 @@ import math
 
 import torch
 from conftest import TINY, tiny, tiny_inputs
-from zoo import ZOO
+from zoo import ZOO, denoisers
 
 from models.families import FAMILIES
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
 from quant.slots import find_slots
 
-OTHERS = [name for name in ZOO if name != "wan_2_2"]  # its denoisers are Wan's
+OTHERS = list(denoisers.CONFIGS)
 NAMES = [*OTHERS, *(f"tiny_{name}" for name in TINY)]
 
 
