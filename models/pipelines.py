@@ -87,14 +87,6 @@ class Sampler:
         return getattr(self.pipeline, self.family.denoiser)
 
     @property
-    def native_resolution(self):
-        """Pixels per side that the denoiser is made for, or "HxW"."""
-        latent_pixels = self.denoiser.config.sample_size
-        sides = latent_pixels if isinstance(latent_pixels, list | tuple) else (latent_pixels, latent_pixels)
-        height, width = (side * 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1) for side in sides)
-        return height if height == width else f"{height}x{width}"
-
-    @property
     def takes_resolution(self):
         return "height" in inspect.signature(self.pipeline.__call__).parameters
 

@@ -18,7 +18,7 @@ from models.families import FAMILIES
 from models.lora import open_lora
 from models.pipelines import is_embedded
 from models.single_file import SUFFIXES
-from stages.run import OneLineParser, run_main
+from stages.run import OneLineParser
 
 log = logging.getLogger("qua2sedimo")
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
@@ -142,8 +142,3 @@ def check_extra(package, extra, what):
     """InputError unless `package`, of an extra of this project, is installed; `what` says what needs it."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{what}: pip install -e '.[{extra}]'")
-
-
-def run_stage(stage, family_name):
-    """Run a stage's `main` for a family as `run_main` has it."""
-    run_main(lambda: stage(FAMILIES[family_name]))

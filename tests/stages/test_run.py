@@ -15,7 +15,6 @@ from conftest import ROOT, script
 from errors import InputError, lacks_memory
 from models.families import FAMILIES
 from stages import common, infer
-from stages.common import run_stage
 from stages.run import OneLineParser, run_main
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -226,7 +225,7 @@ def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, r
 
     monkeypatch.setattr(infer, "check_first", check_first)
     flags = ("--model_id", "embedded", *flags)
-    code, lines = ends(lambda: run_stage(infer.main, "sdxl"), monkeypatch, capsys, *flags)
+    code, lines = ends(lambda: infer.main(FAMILIES["sdxl"]), monkeypatch, capsys, *flags)
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: out of memory (") and lines[0].endswith(f"; what takes less: {advice}")
 
