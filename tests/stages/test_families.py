@@ -6,6 +6,7 @@ import pickle
 import shlex
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -156,6 +157,11 @@ def test_scripts_name_two_commands():
         text = path.read_text()
         assert text.count(f"\npython scripts/{path.name}") == 2
         assert os.linesep.join(text.splitlines()[-2:]).startswith("if __name__")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_single_files_are_offered_where_diffusers_reads_them(family):
+    assert family.in_one_file == hasattr(getattr(diffusers, family.pipeline), "from_single_file")
 
 
 @pytest.fixture

@@ -106,6 +106,16 @@ def test_a_package_that_is_not_there_is_one_line(tmp_path):
     assert done.stderr.startswith("error: No module named 'torch'; `pip install -e .` in the project's folder installs")
 
 
+@pytest.mark.slow
+def test_help_is_told_without_what_only_some_runs_need():
+    """Not what reads digits, single files, or a family's pipeline: together as slow to import as a third of all else."""
+    needless = {"sklearn", "diffusers.loaders.single_file", "diffusers.pipelines.stable_diffusion_xl"}
+    ask = f"import sys, atexit\natexit.register(lambda: print({needless} & sys.modules.keys()))\n"
+    run = 'from stages import infer\nfrom models.families import FAMILIES\ninfer.main(FAMILIES["sdxl"])'
+    done = subprocess.run([sys.executable, "-c", ask + run, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: sdxl_infer.py") and done.stdout.endswith("set()\n"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", sorted({path.read_text().split('run_script("')[1].split('"')[0] for path in SCRIPTS}))
 def test_every_stage_has_the_flag(monkeypatch, capsys, name):
     stage = importlib.import_module(f"stages.{name}")
