@@ -5,8 +5,7 @@ far the output moves tells how sensitive the weight is. Where the sampler is giv
 denoiser answered at a step, as guidance is, it is that combination whose move counts; where not, the answers themselves.
 """
 
-import contextlib
-import inspect
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from autobuild.sensitivity import sketch
 from errors import InputError
 from models.inputs import map_tensors
-from models.listening import StandIn
+from models.listening import overheard
 
 LARGEST_RESIDUAL = 0.01  # relative, of what is taken for a linear combination; rounding leaves less
 
@@ -35,10 +34,12 @@ def record_steps(pipeline, names, calls, count):
     """
     heard = {name: [] for name in names}
     for call in calls:
-        with _Listener(pipeline, names, count) as listener:
+        steps = _Steps(pipeline.scheduler, names, count)
+        calls_of = ((getattr(pipeline, name), functools.partial(steps.called, name)) for name in names)
+        with overheard(pipeline.scheduler, steps.stepped, *calls_of):
             pipeline(**call)
         for name in names:
-            heard[name] += listener.steps[name]
+            heard[name] += steps.taken[name]
     silent = [name for name in names if not heard[name]]
     if silent:
         raise InputError(
@@ -48,49 +49,26 @@ def record_steps(pipeline, names, calls, count):
     return heard
 
 
-class _Listener:
-    """Hears the denoisers' calls and the sampler's steps while one image is drawn."""
+class _Steps:
+    """Those that are taken of the steps of one image's way, as the denoisers' calls and the sampler's steps are heard."""
 
-    def __init__(self, pipeline, names, count):
-        self.scheduler, self.count, self.number = pipeline.scheduler, count, 0
-        self.modules = {name: getattr(pipeline, name) for name in names}
+    def __init__(self, scheduler, names, count):
+        self.scheduler, self.count, self.number = scheduler, count, 0
         self.calls = {name: [] for name in names}  # since the last step
-        self.steps = {name: [] for name in names}
+        self.taken = {name: [] for name in names}
 
-    def __enter__(self):
-        self.stack = contextlib.ExitStack()
-        for name, module in self.modules.items():
-            handle = module.register_forward_hook(self._calling(name, module), with_kwargs=True)
-            self.stack.callback(handle.remove)
-
-        def stepping(step, model_output, *args, **kwargs):
-            self._stepped(model_output)
-            return step(model_output, *args, **kwargs)
-
-        self.stack.enter_context(StandIn(self.scheduler, "step", stepping))
-        return self
-
-    def __exit__(self, *_):
-        self.stack.close()
-
-    def _calling(self, name, module):
-        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-
-        def called(_module, positional, named, output):
-            if self._is_chosen(name):
-                arguments = dict(zip(parameters, positional, strict=False)) | named
-                self.calls[name].append((map_tensors(kept, arguments), [kept(tensor) for tensor in answer(output)]))
-
-        return called
+    def called(self, name, arguments, output):
+        if self._is_chosen(name):
+            self.calls[name].append((map_tensors(kept, arguments), [kept(tensor) for tensor in tensors_of(output)]))
 
     def _is_chosen(self, name):
         chosen = np.linspace(0, len(self.scheduler.timesteps) - 1, self.count).round().astype(int)
-        return self.number in chosen or not self.steps[name]
+        return self.number in chosen or not self.taken[name]
 
-    def _stepped(self, model_output):
+    def stepped(self, model_output):
         for name, calls in self.calls.items():
             if calls:
-                self.steps[name].append(Step(list(calls), kept(model_output)))
+                self.taken[name].append(Step(list(calls), kept(model_output)))
                 calls.clear()
         self.number += 1
 
@@ -99,10 +77,9 @@ def kept(tensor):
     return tensor.detach().to("cpu", copy=True)
 
 
-def answer(output):
-    """The tensors of what a denoiser returned."""
-    first = output[0]
-    return [first] if torch.is_tensor(first) else list(first)
+def tensors_of(output):
+    """The tensors of a denoiser's output, which is one, or a list of them."""
+    return [output] if torch.is_tensor(output) else list(output)
 
 
 class Replay:
@@ -127,7 +104,7 @@ class Replay:
         answers = []
         for arguments, _ in step.calls:
             output = self.denoiser(**map_tensors(lambda tensor: tensor.to(self.device), arguments))
-            answers.append([tensor.cpu() for tensor in answer(output)])
+            answers.append([tensor.cpu() for tensor in tensors_of(output[0])])
         if weights is None:
             return torch.cat([tensor.float().flatten() for tensors in answers for tensor in tensors])
         return weights @ torch.cat([copies(tensors, step.guided) for tensors in answers])

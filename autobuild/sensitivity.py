@@ -63,7 +63,7 @@ def rehearse(sampler, prompt, settings):
         found.append((map_tensors(_length, arguments), output.device))
 
     denoiser, scheduler = sampler.denoiser, sampler.pipeline.scheduler
-    with answering_once(denoiser), overheard(denoiser, scheduler, on_call, lambda _: heard.append("step")):
+    with answering_once(denoiser), overheard(scheduler, lambda _: heard.append("step"), (denoiser, on_call)):
         draw(sampler, [prompt], range(1), settings)
     calls = len(heard) // 2
     if heard != ["call", "step"] * calls:
@@ -91,7 +91,7 @@ def take_calls(sampler, prompts, settings, chosen, indices):
         if number == chosen[-1]:
             raise Taken
 
-    with overheard(sampler.denoiser, sampler.pipeline.scheduler, on_call, on_step):
+    with overheard(sampler.pipeline.scheduler, on_step, (sampler.denoiser, on_call)):
         draw(sampler, prompts[indices.start : indices.stop], indices, settings)
     return calls
 

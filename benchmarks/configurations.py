@@ -22,6 +22,7 @@ from evaluation import quant_cache
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
+from stages.flags import Flags
 from stages.labelling import json_lines
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -64,10 +65,11 @@ def parse_args():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--multi_chkpt", type=Path)
     parser.add_argument("--outdir", type=Path)
-    args = parser.parse_args()
-    args.multi_chkpt = args.multi_chkpt or Path("multiquantizers") / f"{args.family}_embedded_mq.pt"
-    args.outdir = args.outdir or Path("demo") / f"{args.family}_configurations"
-    return args
+    args = Flags(vars(parser.parse_args()))
+    return args | {
+        "multi_chkpt": args.multi_chkpt or Path("multiquantizers") / f"{args.family}_embedded_mq.pt",
+        "outdir": args.outdir or Path("demo") / f"{args.family}_configurations",
+    }
 
 
 def built(args, bits):

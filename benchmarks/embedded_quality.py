@@ -80,9 +80,10 @@ def measure_methods(sampler, args, judge):
     prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
     model = QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
     originals = {}
+    guidances = args.guidances or [family.embedded.label_guidance, family.embedded.guidance]
     for method in (None, *args.methods):  # None is full precision
         model.apply(method) if method else model.restore()
-        for guidance, seed in itertools.product(args.guidances, args.seeds):
+        for guidance, seed in itertools.product(guidances, args.seeds):
             pictures = make_pictures(sampler, prompts, seed, guidance, args.batch_size)
             original = originals.setdefault((guidance, seed), pictures)
             line = {"weights": method or "full precision", "guidance": guidance, "seed": seed}
@@ -105,7 +106,6 @@ def main():
     args = parser.parse_args()
     family = FAMILIES[args.family]
     row = family.embedded
-    args.guidances = args.guidances or [row.label_guidance, row.guidance]
     judge = Judge()
 
     sampler = load_sampler(family, "embedded", pick_device(args.device), Extras(refiner_of(family, "embedded")))

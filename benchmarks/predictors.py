@@ -56,9 +56,7 @@ def parse_args():
     parser.add_argument("--published_epochs", type=int, default=100)
     parser.add_argument("--published_losses", nargs="+", default=["hybrid"])
     parser.add_argument("--published_folds", type=int, nargs="+", default=list(range(training.FOLDS)))
-    args = parser.parse_args()
-    args.families = args.families or ["pixart_alpha", "dit"]
-    return args
+    return parser.parse_args()
 
 
 def ours(known, rows, targets, loss):

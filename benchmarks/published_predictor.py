@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,11 +27,32 @@ from quant.files import load_pickle
 NAMES = {"pixart_alpha": "alpha", "dit": "dit"}  # what it calls families, as far as they are compared
 ARCHITECTURES = {"alpha": "alpha", "dit": "DiT"}
 HOPS = {"alpha": list(range(5)), "dit": [0, 1, 4]}  # whose norms its losses rank
-SETTINGS = {
-    **{"gnn_type": "GATv2Conv", "format": "sdm", "seed": 12345, "fe_mlp": False, "gnn_dim": 64, "num_layers": 4},
-    **{"aggr_method": "mean", "gnn_activ": "ReLU", "reg_activ": "ReLU", "corr_lambda": 1.0, "norm": 1},
-    **{"batch_size": 128, "boost": True, "srcc_rel": True, "residual": True, "target": "FID-GT-1k*-1"},
-}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What its training reads, by the names that it has for them; its scripts parse flags only where they are run."""
+
+    families: str
+    epochs_predictor: int
+    tag: str
+    chkpt: str
+    target: str = "FID-GT-1k*-1"
+    format: str = "sdm"
+    seed: int = 12345
+    gnn_type: str = "GATv2Conv"
+    gnn_dim: int = 64
+    num_layers: int = 4
+    aggr_method: str = "mean"
+    gnn_activ: str = "ReLU"
+    reg_activ: str = "ReLU"
+    residual: bool = True
+    fe_mlp: bool = False
+    corr_lambda: float = 1.0
+    norm: int = 1
+    batch_size: int = 128
+    boost: bool = True
+    srcc_rel: bool = True
 
 
 def train(clone, cache, family, loss, epochs, folds):
@@ -48,7 +70,7 @@ def main():
         parser.add_argument(name, type=of_type)
     parser.add_argument("folds", type=int, nargs="+")
     args = parser.parse_args()
-    args.out = args.out.resolve()
+    out = args.out.resolve()
     torch.set_num_threads(1)
     rows = [row | {"architecture": ARCHITECTURES[args.family]} for row in load_pickle(args.cache)]
     sys.path.insert(0, str(args.clone.resolve()))
@@ -59,7 +81,7 @@ def main():
         Path("cache", f"{args.family}_sdm_cache.pkl").write_bytes(pickle.dumps(rows, protocol=4))
         importlib.import_module("ge_utils.data_loader").CACHE_DIR = str(Path("cache").resolve())
         folds = [train_fold(args, number) for number in args.folds]
-    args.out.write_text(json.dumps(folds))
+    out.write_text(json.dumps(folds))
 
 
 def train_fold(args, number):
@@ -89,9 +111,7 @@ def train_fold(args, number):
         if hasattr(script, name):
             named[name] = listening(getattr(script, name))
     before = {name: getattr(script, name) for name in named}
-    settings = argparse.Namespace(
-        **SETTINGS, families=args.family, epochs_predictor=args.epochs, tag=args.loss, chkpt=args.loss
-    )
+    settings = Settings(args.family, args.epochs, tag=args.loss, chkpt=args.loss)
     start = time.perf_counter()
     try:
         vars(script).update(named)

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from errors import InputError, first_line, lacks_memory
 from models.components import component_class, dtypes_of, explained, quiet_loading
 from models.inputs import map_tensors, prompt_argument
-from models.listening import Taken
+from models.listening import first_of
 from models.repository import INDEX, open_repository
 
 # Models of diffusers' that denoise nothing, by words in their classes' names.
@@ -108,33 +108,16 @@ def load_pipeline(found_class, folder, given, dtype):
 
 def first_arguments(pipeline, names, call):
     """(name of the denoiser that is called first, its arguments), without running it; InputError tells why it is not."""
-    taken, handles = {}, []
-
-    def taking(name):
-        parameters = list(inspect.signature(type(getattr(pipeline, name)).forward).parameters)[1:]
-
-        def take(_module, positional, named):
-            taken[name] = dict(zip(parameters, positional, strict=False)) | named
-            raise Taken
-
-        return take
-
     try:
-        for name in names:
-            handles.append(getattr(pipeline, name).register_forward_pre_hook(taking(name), with_kwargs=True))
-        with torch.no_grad():
-            pipeline(**call)
-    except Taken:
-        return next(iter(taken.items()))
+        taken = first_of(pipeline, {name: getattr(pipeline, name) for name in names}, **call)
     except Exception as reason:  # as many types as there are pipelines
         if lacks_memory(reason):
             raise
         what = f"{type(pipeline).__name__}: cannot be called with {asked(call)}"
         raise InputError(f"{what} ({first_line(reason)})") from reason
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise InputError(f"{type(pipeline).__name__}: did not call its {' or '.join(names)}")
+    if taken is None:
+        raise InputError(f"{type(pipeline).__name__}: did not call its {' or '.join(names)}")
+    return taken
 
 
 def asked(call):

@@ -9,7 +9,6 @@ import struct
 import diffusers
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from errors import InputError, first_line
@@ -23,7 +22,7 @@ QUANTIZED_HERE = "qua2sedimo"  # what the configuration of a denoiser says that 
 LOW_BIT = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"}
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, ImportError, IndexError),
-    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SafetensorError, SingleFileComponentError),
+    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SafetensorError),
 )
 
 

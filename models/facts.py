@@ -1,8 +1,7 @@
 """What a model's small files tell of it before a weight is read: whether it is of the family, its size, classes, sampler."""
 
 from errors import InputError
-from models.repository import INDEX, open_repository
-from models.single_file import SingleFile, is_single_file
+from models.repository import INDEX, is_single_file, open_repository
 
 ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 # Settings of U-Nets that ask for inputs, or have weights, which the families' pipelines do not give or expect.
@@ -29,6 +28,8 @@ def open_model(family, model_id, class_name=None):
     """
     class_name = class_name or family.pipeline
     if is_single_file(model_id):
+        from models.single_file import SingleFile  # imported late: diffusers' loader of such files, with all that it loads
+
         source = SingleFile(family.title, class_name, model_id)
     else:
         source = open_repository(model_id)

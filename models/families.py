@@ -60,6 +60,7 @@ class Family:
     # Pipeline.
     dtype: torch.dtype = torch.float16  # precision P of the weights
     variant: str | None = None  # of the weight files on the Hub
+    in_one_file: bool = False  # whether diffusers reads the pipeline from a single checkpoint file, too
     scheduler: str | None = None  # class in diffusers that replaces the pipeline's own
     scheduler_config: tuple[tuple[str, object], ...] = ()  # its published settings, beside what the model was trained with
     call: tuple[tuple[str, object], ...] = ()  # more arguments of the pipeline's call
@@ -152,6 +153,7 @@ FAMILIES = {
             pipeline="StableDiffusionXLPipeline",
             model_id="stabilityai/stable-diffusion-xl-base-1.0",
             variant="fp16",
+            in_one_file=True,
             denoiser="unet",
             licence="OpenRAIL++",
             steps=40,
@@ -178,6 +180,7 @@ FAMILIES = {
             denoiser="unet",
             licence="CreativeML OpenRAIL-M",
             dtype=torch.float32,
+            in_one_file=True,
             scheduler="PNDMScheduler",
             scheduler_config=PLMS,
             steps=50,

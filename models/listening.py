@@ -85,19 +85,34 @@ def _by_name(denoiser, args, kwargs):
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-@torch.no_grad()
 def first_call(pipeline, denoiser, **arguments):
     """The arguments {name: value} of the denoiser's first call in `pipeline(**arguments)`, taken without running it."""
-    taken = {}
-
-    def take(_forward, *args, **kwargs):
-        taken.update(_by_name(denoiser, args, kwargs))
-        raise Taken
-
-    with contextlib.suppress(Taken), StandIn(denoiser, "forward", take):
-        pipeline(**arguments, output_type="latent")
+    taken = first_of(pipeline, {"denoiser": denoiser}, **arguments, output_type="latent")
+    if taken is None:
         raise RuntimeError(f"{type(pipeline).__name__} did not call its {type(denoiser).__name__}")
-    return taken
+    return taken[1]
+
+
+@torch.no_grad()
+def first_of(pipeline, denoisers, **arguments):
+    """(name, arguments {name: value}) of the first call of one of `denoisers` {name: module} in `pipeline(**arguments)`.
+
+    Taken without running it; None if none of them is called.
+    """
+    taken = []
+
+    def taking(name, denoiser):
+        def take(_forward, *args, **kwargs):
+            taken.append((name, _by_name(denoiser, args, kwargs)))
+            raise Taken
+
+        return StandIn(denoiser, "forward", take)
+
+    with contextlib.suppress(Taken), contextlib.ExitStack() as listening:
+        for name, denoiser in denoisers.items():
+            listening.enter_context(taking(name, denoiser))
+        pipeline(**arguments)
+    return taken[0] if taken else None
 
 
 @torch.no_grad()
@@ -109,20 +124,29 @@ def until_latents(pipeline, **arguments):
 
 
 @contextlib.contextmanager
-def overheard(denoiser, scheduler, on_call, on_step):
-    """Hear what a pipeline asks: on_call({name: argument}, output) of its denoiser, on_step(model output) of its sampler."""
-
-    def called(forward, *args, **kwargs):
-        output = forward(*args, **kwargs)
-        on_call(_by_name(denoiser, args, kwargs), output[0])
-        return output
+def overheard(scheduler, on_step, *heard):
+    """Hear what a pipeline asks: on_step(model output) of its sampler, and of each of `heard` (denoiser, on_call) its
+    on_call({name: argument}, output).
+    """
 
     def stepping(step, model_output, *args, **kwargs):
         on_step(model_output)
         return step(model_output, *args, **kwargs)
 
-    with StandIn(denoiser, "forward", called), StandIn(scheduler, "step", stepping):
+    with contextlib.ExitStack() as listening:
+        for denoiser, on_call in heard:
+            listening.enter_context(_calls(denoiser, on_call))
+        listening.enter_context(StandIn(scheduler, "step", stepping))
         yield
+
+
+def _calls(denoiser, on_call):
+    def called(forward, *args, **kwargs):
+        output = forward(*args, **kwargs)
+        on_call(_by_name(denoiser, args, kwargs), output[0])
+        return output
+
+    return StandIn(denoiser, "forward", called)
 
 
 def answering_once(denoiser):

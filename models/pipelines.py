@@ -17,7 +17,7 @@ from models import facts, lora, schedulers
 from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, refuse_quantized
 from models.inputs import map_tensors, prompt_argument
 from models.listening import first_call, latents_taken, until_latents
-from models.single_file import SingleFile
+from models.repository import Repository
 from models.tokenizers import check_small_files, check_tokenizers
 
 EMBEDDED = "embedded"
@@ -85,14 +85,6 @@ class Sampler:
     @property
     def denoiser(self):
         return getattr(self.pipeline, self.family.denoiser)
-
-    @property
-    def native_resolution(self):
-        """Pixels per side that the denoiser is made for, or "HxW"."""
-        latent_pixels = self.denoiser.config.sample_size
-        sides = latent_pixels if isinstance(latent_pixels, list | tuple) else (latent_pixels, latent_pixels)
-        height, width = (side * 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1) for side in sides)
-        return height if height == width else f"{height}x{width}"
 
     @property
     def takes_resolution(self):
@@ -298,10 +290,10 @@ def _assemble(source, class_name, modules):
     pipeline_class = getattr(diffusers, class_name)
     known = inspect.signature(pipeline_class.__init__).parameters
     switches = {name: value for name, value in (LEFT_OUT | SWITCHED_OFF).items() if name in known}
-    if isinstance(source, SingleFile):
-        modules = modules | source.tokenizers()
-    else:
+    if isinstance(source, Repository):
         check_small_files(source, modules)
+    else:
+        modules = modules | source.tokenizers()
     with explained(source.model_id, "pipeline"):
         pipeline = pipeline_class.from_pretrained(str(source.folder), **modules, **switches)
     check_tokenizers(source, pipeline)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from errors import InputError, first_line
 
 INDEX = "model_index.json"
+CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf")  # what names of pipelines in a single file end in
 SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model")  # configurations, indexes of shards and vocabularies
 TIMEOUT_SECONDS = 10
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -23,6 +24,11 @@ PICKLED_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorc
 SHARD = r"(?:-\d+-of-\d+)?"
 LFS_POINTER = b"version https://git-lfs"
 WAY_OUT = "give a folder or Hub id with --model_id; `--model_id embedded` works offline"
+
+
+def is_single_file(model_id):
+    path = Path(model_id)
+    return path.suffix.lower() in CHECKPOINTS and not path.is_dir()
 
 
 class WeightFiles(NamedTuple):

@@ -16,6 +16,7 @@ from diffusers.loaders.single_file import load_single_file_sub_model
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    SingleFileComponentError,
     infer_diffusers_model_type,
     load_single_file_checkpoint,
 )
@@ -26,7 +27,6 @@ from errors import InputError, first_line
 from models.components import ADAPTER, NOT_LOADED, UNREAD, adapter_message, component_class, explained
 from models.repository import INDEX, open_repository
 
-SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf")
 SD1_FOLDER = Path(__file__).parent / "ldm" / "stable-diffusion-v1"
 SD1_CONFIG = SD1_FOLDER / "v1-5-pruned-emaonly"  # of a Stable Diffusion 1.x file that has no folder of its own name
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -39,11 +39,6 @@ CLASS_OF_KIND = {  # as diffusers tells kinds by their weights' names
 }
 NAMES_OF_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 GGUF = b"GGUF"
-
-
-def is_single_file(model_id):
-    path = Path(model_id)
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 class SingleFile:
@@ -192,10 +187,11 @@ def explained_file(path, title):
     try:
         with explained(path, title):
             yield
-    except InputError as reason:
-        if isinstance(reason.__cause__, ImportError) or reason.__cause__ is None:
+    except (InputError, SingleFileComponentError) as error:
+        reason = error.__cause__ if isinstance(error, InputError) else error
+        if isinstance(reason, ImportError) or reason is None:
             raise
-        raise InputError(f"{path}: this file is not a checkpoint of {title} ({first_line(reason.__cause__)})") from None
+        raise InputError(f"{path}: this file is not a checkpoint of {title} ({first_line(reason)})") from None
 
 
 @contextlib.contextmanager

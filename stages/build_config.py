@@ -7,7 +7,7 @@ from errors import InputError
 from quant import config
 from quant.files import check_writable
 from stages.common import check_extra, finite
-from stages.score_sources import load_scores, parse, parser_of
+from stages.score_sources import complete, load_scores, parser_of
 
 
 def main():
@@ -38,10 +38,12 @@ def parse_args():
         help="the best total within --avg_bits, exactly; or the paper's, each subgraph's best whatever its size",
     )
     parser.add_argument("--output", type=Path, help="file to write; default quant_configs/<family>_<10 x avg_bits>.pkl")
-    args = parse(parser, family)
+    return family, parser.parse_args(complete=lambda args: complete(args, family) | {"output": output_of(args)})
+
+
+def output_of(args):
+    """The file to write; InputError if it is not said of what size."""
     if (args.choice == "knapsack") != (args.avg_bits is not None):
         raise InputError("--avg_bits goes with --choice knapsack, and is needed there")
-    if args.output is None:
-        size = "top1" if args.avg_bits is None else f"{10 * args.avg_bits:g}"
-        args.output = Path("quant_configs") / f"{family.name}_{size}.pkl"
-    return family, args
+    size = "top1" if args.avg_bits is None else f"{10 * args.avg_bits:g}"
+    return args.output or Path("quant_configs") / f"{args.family}_{size}.pkl"

@@ -10,15 +10,14 @@ import os
 import re
 from pathlib import Path
 
-import diffusers
 import torch
 
 from errors import InputError
 from models.families import FAMILIES
 from models.lora import open_lora
 from models.pipelines import is_embedded
-from models.single_file import SUFFIXES
-from stages.run import OneLineParser, run_main
+from models.repository import CHECKPOINTS
+from stages.run import OneLineParser
 
 log = logging.getLogger("qua2sedimo")
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
@@ -52,7 +51,7 @@ def in_precision(family, dtype_name):
 
 
 def model_help(family):
-    single_file = "single file, " if hasattr(getattr(diffusers, family.pipeline), "from_single_file") else ""
+    single_file = "single file, " if family.in_one_file else ""
     return f"{single_file}Hub id, local folder, or `embedded` (works offline); default {family.model_id}"
 
 
@@ -83,7 +82,7 @@ def multiquantizer_path(family, model_id):
         suffix = f"_{model_id.replace('/', '--')}"
     else:
         path = Path(model_id).resolve()
-        name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+        name = path.stem if path.suffix.lower() in CHECKPOINTS else path.name
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:LONGEST_NAME]
         suffix = f"_{readable}-{short_hash(path)}"
     return Path("multiquantizers") / f"{family.name}{suffix}_mq.pt"
@@ -142,8 +141,3 @@ def check_extra(package, extra, what):
     """InputError unless `package`, of an extra of this project, is installed; `what` says what needs it."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{what}: pip install -e '.[{extra}]'")
-
-
-def run_stage(stage, family_name):
-    """Run a stage's `main` for a family as `run_main` has it."""
-    run_main(lambda: stage(FAMILIES[family_name]))

@@ -21,7 +21,15 @@ from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
-from stages.sampling import add_sampling_flags, check_sampling, is_own, load_for, parse_sampling, settings_of, show_steps
+from stages.sampling import (
+    add_sampling_flags,
+    check_sampling,
+    complete_sampling,
+    is_own,
+    load_for,
+    settings_of,
+    show_steps,
+)
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
 # Flags on which no image depends, or which stand beside a key of what they name.
@@ -36,7 +44,7 @@ def main(family):
     family = in_precision(family, args.dtype)
     device = pick_device(args.device)
     check_first(args, family, device)
-    flags = vars(args) | {
+    flags = args | {
         "multi_chkpt_key": None if args.packed else multiquantizer.file_key(args.multi_chkpt, family),
         "q_config_key": q_config.key(args.q_config),
     }
@@ -178,15 +186,14 @@ def finish(rows, folder):
         )
 
 
-def settle_packed(args, family):
-    """What flags mean for a denoiser that this program has packed; InputError for those that mean nothing then."""
-    source = model_of(family, args.model_id)
+def of_packed(args, family, source):
+    """Flags {name: value} for a denoiser that this program has packed; InputError for those that mean nothing then."""
     if args.q_config is not None or args.lora:
         flag = "--lora" if args.lora else "--q_config"
         raise InputError(
             f"{flag}: {args.model_id} is already quantized by this program; give the model that it was made from"
         )
-    args.no_compare, args.q_config = True, str(source.folder / family.denoiser / "config.json")
+    return {"packed": True, "no_compare": True, "q_config": str(source.folder / family.denoiser / "config.json")}
 
 
 def run_name(text):
@@ -218,17 +225,26 @@ def parse_args(family):
     parser.add_argument("--no_compare", action="store_true", help="leave out the full-precision images")
     parser.add_argument("--pack", action="store_true", help="hold weights as packed 4/3-bit codes; less memory, slower")
     add_sampling_flags(parser, family)
-    args = parse_sampling(parser, family)
-    row = defaults(family, args.model_id)
-    args.packed = not is_own(family, args.model_id) and is_packed(model_of(family, args.model_id), family.denoiser)
-    if args.packed:
-        settle_packed(args, family)
-    args.q_config = row.q_config if args.q_config is None else args.q_config
-    if family.num_classes:
-        args.cls_id = args.cls_id or [each for each in row.class_ids if each < args.num_classes] or [0]
-        for class_id in args.cls_id:
-            if not 0 <= class_id < args.num_classes:
-                raise InputError(f"--cls_id {class_id}: {args.model_id} has classes 0 to {args.num_classes - 1}")
+    return parser.parse_args(complete=lambda args: complete(args, family))
+
+
+def complete(args, family):
+    """Flags {name: value}, those left out filled from what is known of the model."""
+    found, row = complete_sampling(args, family), defaults(family, args.model_id)
+    source = None if is_own(family, args.model_id) else model_of(family, args.model_id)
+    if source is not None and is_packed(source, family.denoiser):
+        found |= of_packed(args, family, source)
     else:
-        args.prompt = args.prompt or [row.prompt]
-    return args
+        found |= {"packed": False, "q_config": row.q_config if args.q_config is None else args.q_config}
+    if family.num_classes:
+        return found | {"cls_id": class_ids(args, row, found["num_classes"])}
+    return found | {"prompt": args.prompt or [row.prompt]}
+
+
+def class_ids(args, row, count):
+    """The numbers of the classes to draw, each below `count`."""
+    numbers = args.cls_id or [each for each in row.class_ids if each < count] or [0]
+    for number in numbers:
+        if not 0 <= number < count:
+            raise InputError(f"--cls_id {number}: {args.model_id} has classes 0 to {count - 1}")
+    return numbers

@@ -5,7 +5,7 @@ from pathlib import Path
 from quant.files import check_writable
 from stages import q_config
 from stages.common import check_extra, finite
-from stages.score_sources import load_scores, parse, parser_of
+from stages.score_sources import complete, load_scores, parser_of
 
 
 def main():
@@ -31,6 +31,8 @@ def parse_args():
     parser.add_argument("--q_config", help="configuration whose methods are drawn, as the infer scripts take it")
     parser.add_argument("--avg_bits", type=finite, default=4.0, help="without --q_config: draw the best one within this")
     parser.add_argument("--outdir", type=Path, help="where to write; default insights/<family>")
-    args = parse(parser, family)
-    args.outdir = args.outdir or Path("insights") / family.name
-    return family, args
+
+    def completed(args):
+        return complete(args, family) | {"outdir": args.outdir or Path("insights") / family.name}
+
+    return family, parser.parse_args(complete=completed)

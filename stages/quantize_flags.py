@@ -39,7 +39,7 @@ def parse_args():
         default="none",
         help="keep weights on the host but for the model (or, slowly, the layer) that is running; for small GPUs",
     )
-    return _completed(parser.parse_args())
+    return parser.parse_args(complete=_complete)
 
 
 def _add_choice(parser):
@@ -86,11 +86,12 @@ def _add_pictures(parser):
     parser.add_argument("--no_compare", action="store_true", help="leave out the full-precision images")
 
 
-def _completed(args):
-    """The flags, those left out filled."""
+def _complete(args):
+    """Flags {name: value}, those left out filled."""
     if args.avg_bits is not None and args.config is not None:
         raise InputError("--avg_bits and --config both say which quantizers to take; give one of them")
-    args.config = args.config if args.config or args.avg_bits is not None else DEFAULT
-    args.res = None if args.res is None else height_width(args.res)
-    args.sensitivity = args.sensitivity or args.output.with_name(f"{args.output.name}_sensitivity.pt")
-    return args
+    return {
+        "config": args.config if args.config or args.avg_bits is not None else DEFAULT,
+        "res": None if args.res is None else height_width(args.res),
+        "sensitivity": args.sensitivity or args.output.with_name(f"{args.output.name}_sensitivity.pt"),
+    }

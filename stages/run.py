@@ -15,6 +15,7 @@ import traceback
 import warnings
 
 from errors import InputError, first_line, lack_of_memory, system_reason
+from stages.flags import Flags
 
 DEBUG = "--debug"
 BROKEN_PIPE = 141  # exit code, as shells have it
@@ -37,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line, as every other bad input is said."""
 
     latest = None  # of all parsers, the one that read flags last
-    parsed = None
+    flags = Flags({})  # that it read
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -46,10 +47,16 @@ class OneLineParser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        self.parsed, left = super().parse_known_args(args, namespace)
-        vars(self.parsed).pop(DEBUG.strip("-"), None)  # `run_main` sees to it, and nothing depends on it
-        OneLineParser.latest = self
-        return self.parsed, left
+        parsed, left = super().parse_known_args(args, namespace)
+        vars(parsed).pop(DEBUG.strip("-"), None)  # `run_main` sees to it, and nothing depends on it
+        OneLineParser.latest, self.flags = self, Flags(vars(parsed))
+        return parsed, left
+
+    def parse_args(self, args=None, complete=dict):
+        """The Flags of a command line; `complete(flags)` {name: value} says what those are that were left out."""
+        super().parse_args(args)
+        self.flags |= complete(self.flags)
+        return self.flags
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -159,8 +166,6 @@ def advice_on_memory(reason):
     helpful = [
         how
         for flag, how, already in LESS_MEMORY
-        if flag in flags
-        and getattr(parser.parsed, flags[flag], None) not in already
-        and not (host and flag in TAKE_HOST_MEMORY)
+        if flag in flags and parser.flags.get(flags[flag]) not in already and not (host and flag in TAKE_HOST_MEMORY)
     ]
     return f"what takes less: {', '.join(helpful)}" if helpful else "a machine with more memory is needed"

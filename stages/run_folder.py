@@ -11,6 +11,7 @@ import yaml
 from errors import InputError
 from quant.files import atomic_write
 from stages.common import log
+from stages.flags import Flags
 from stages.run_lock import locked
 
 
@@ -45,16 +46,6 @@ def start_log(folder):
     logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
 
 
-class Settings(dict):
-    """The flags that a run was started with, {name: value}; a value is an attribute too."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes strings in quotes, unless they are plain words, so that no reader takes one for anything else."""
 
@@ -87,11 +78,11 @@ def save_settings(flags, path):
 
 
 def read_settings(path):
-    """The flags that a run was started with, as `save_settings` wrote them: data, in which nothing is looked up."""
+    """The Flags that a run was started with, as `save_settings` wrote them: data, in which nothing is looked up."""
     try:
         settings = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
     if not isinstance(settings, dict) or "seed" not in settings:
         raise InputError(f"{path}: damaged; move it and the labels beside it away, or give another --outdir")
-    return Settings(settings)
+    return Flags(settings)

@@ -97,36 +97,34 @@ def resolution(text):
     return height if height == width else f"{height}x{width}"
 
 
-def parse_sampling(parser, family, guidance="guidance", argv=None):
-    """The parsed flags, those left out filled from what is known of the model.
+def complete_sampling(args, family, guidance="guidance"):
+    """Flags of sampling {name: value}, those left out filled from what is known of the model, and what they lead to.
 
     That is the family's row (guidance in the column named) for its own model and the embedded one; another model's native
     size, and few steps without guidance if its sampler is that of a distilled model.
     """
-    args = parser.parse_args(argv)
     family = in_precision(family, args.dtype)
     row = defaults(family, args.model_id)
-    args.batch_size = args.batch_size or row.batch_size
-    args.lora_key = " ".join(open_lora(each).key for each in args.lora) or None
-    args.multi_chkpt = args.multi_chkpt or multiquantizer_of(args, family)
-    args.num_classes = row.num_classes if family.num_classes else 0
+    source = None if is_own(family, args.model_id) else model_of(family, args.model_id)
     few_step = args.scheduler in schedulers.FEW_STEP
-    if not is_own(family, args.model_id):
-        source = model_of(family, args.model_id)
-        few_step = few_step or (args.scheduler is None and schedulers.is_few_step(*own_scheduler(source)))
-        args.num_classes = num_classes(family, source)
-        if args.res is None and not family.num_classes:
-            args.res = resolution("x".join(map(str, native_pixels(family, source))))
-    args.res = args.res or (None if family.num_classes else row.resolution)
-    _fill_steps(args, row, guidance, few_step)
-    if family.refiner:
-        own = None if few_step else refiner_of(family, args.model_id)
-        args.refiner_id = None if args.no_refiner else args.refiner_id or own
+    if source is not None and args.scheduler is None:
+        few_step = schedulers.is_few_step(*own_scheduler(source))
+    found = {
+        "batch_size": args.batch_size or row.batch_size,
+        "lora_key": " ".join(open_lora(each).key for each in args.lora) or None,
+        "multi_chkpt": args.multi_chkpt or multiquantizer_of(args, family),
+        "num_classes": _num_classes(family, row, source),
+        "res": args.res or _own_resolution(family, row, source),
+        **_steps_and_guidance(args, row, guidance, few_step),
+    }
     if getattr(args, "eta", 0):
         raise InputError(f"--eta {args.eta}: {family.title} is sampled with PLMS, which draws no noise; leave it at 0")
-    if args.steps < family.least_steps:
-        raise InputError(f"--steps {args.steps}: {family.title} needs at least {family.least_steps}")
-    return args
+    if found["steps"] < family.least_steps:
+        raise InputError(f"--steps {found['steps']}: {family.title} needs at least {family.least_steps}")
+    if not family.refiner:
+        return found
+    own_refiner = None if few_step else refiner_of(family, args.model_id)
+    return found | {"refiner_id": None if args.no_refiner else args.refiner_id or own_refiner}
 
 
 def is_own(family, model_id):
@@ -134,18 +132,31 @@ def is_own(family, model_id):
     return str(model_id) == family.model_id or is_embedded(family, model_id)
 
 
-def _fill_steps(args, row, guidance, few_step):
-    """--steps and --guidance where they are left out."""
+def _num_classes(family, row, source):
+    """Of the model that a Repository holds, of the row's if there is none; 0 if it draws prompts."""
+    if not family.num_classes:
+        return 0
+    return row.num_classes if source is None else num_classes(family, source)
+
+
+def _own_resolution(family, row, source):
+    """Pixels, as --res has them, of a model for which it is left out; None if it makes no other size."""
+    if family.num_classes:
+        return None
+    return row.resolution if source is None else resolution("x".join(map(str, native_pixels(family, source))))
+
+
+def _steps_and_guidance(args, row, guidance, few_step):
+    """--steps and --guidance."""
     if few_step and None in (args.steps, args.guidance):
         log.warning(
             "%s: is sampled as a few-step model: by default %d steps without guidance; see --steps and --guidance",
             args.model_id,
             schedulers.FEW_STEPS,
         )
-    args.steps = args.steps or (schedulers.FEW_STEPS if few_step else row.steps)
-    if args.guidance is None:
-        own = row.guidance if getattr(row, guidance) is None else getattr(row, guidance)
-        args.guidance = schedulers.NO_GUIDANCE if few_step else own
+    own = row.guidance if getattr(row, guidance) is None else getattr(row, guidance)
+    own_steps, own_scale = (schedulers.FEW_STEPS, schedulers.NO_GUIDANCE) if few_step else (row.steps, own)
+    return {"steps": args.steps or own_steps, "guidance": own_scale if args.guidance is None else args.guidance}
 
 
 def check_sampling(args, family, device, packed=False):

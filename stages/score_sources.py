@@ -3,7 +3,6 @@
 Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -18,20 +17,15 @@ from models.pipelines import pick_device
 from quant import multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
 from stages import prompt_files
-from stages.common import (
-    OneLineParser,
-    at_least,
-    in_precision,
-    parser_for,
-)
+from stages.common import OneLineParser, at_least, in_precision, parser_for
 from stages.labelling.forecast import as_time
 from stages.library_notes import Once, library_notes
 from stages.sampling import (
     IMAGE_FLAGS,
     add_sampling_flags,
     check_sampling,
+    complete_sampling,
     load_for,
-    parse_sampling,
     prompts_for,
     settings_of,
     show_steps,
@@ -66,10 +60,11 @@ def parser_of(stage, description, argv=None):
     return family, parser
 
 
-def parse(parser, family):
-    args = parse_sampling(parser, family, guidance="label_guidance")
-    args.sensitivity = args.sensitivity or args.multi_chkpt.with_name(f"{args.multi_chkpt.stem}_sensitivity.pt")
-    return args
+def complete(args, family):
+    """Flags {name: value}, those left out filled from what is known of the model."""
+    found = complete_sampling(args, family, guidance="label_guidance")
+    multi_chkpt = found["multi_chkpt"]
+    return found | {"sensitivity": args.sensitivity or multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.pt")}
 
 
 def load_scores(args, family, avg_bits=None):
@@ -106,7 +101,7 @@ def measured(args, family, avg_bits):
     family = in_precision(family, args.dtype)
     device, prompts = pick_device(args.device), prompts_for(args, family)
     hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
-    args = argparse.Namespace(**vars(args) | {"refiner_id": None})  # it is never asked
+    args |= {"refiner_id": None}  # it is never asked
     check_sampling(args, family, device)
     entries = multiquantizer.read(args.multi_chkpt, family)
     told = {
@@ -114,7 +109,7 @@ def measured(args, family, avg_bits):
         "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
         "hand_over": hand_over,
     }
-    flags = flags_of(vars(args) | told)
+    flags = flags_of(args | told)
     if entries is not None:
         check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
     check_writable(args.sensitivity)
@@ -163,7 +158,7 @@ def measure(parts, parameters, probe):
 
 
 def flags_of(known):
-    """Those of FLAGS, of all flags and keys {name: value}, as they are kept."""
+    """Those of FLAGS, of all flags and keys, as they are kept."""
     return {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
 
 

@@ -62,9 +62,7 @@ def parse_args():
     parser.add_argument("--epochs", type=at_least(1), default=40, help="at most; a fold that gets no better stops before")
     parser.add_argument("--seed", type=seed, default=42)
     parser.add_argument("--output", type=Path, help="file to write; default predictors/<family>.pt")
-    args = parser.parse_args()
-    args.output = args.output or Path("predictors") / f"{args.family}.pt"
-    return args
+    return parser.parse_args(complete=lambda args: {"output": args.output or Path("predictors") / f"{args.family}.pt"})
 
 
 def read_labels(args):

@@ -99,3 +99,9 @@ def open_clip_state(encoder):
 
 def _under(prefix, state):
     return {f"{prefix}.{name}": weight for name, weight in state.items()}
+
+
+def same_weights(one, two):
+    """Whether two modules have the same state dictionary."""
+    one, two = one.state_dict(), two.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

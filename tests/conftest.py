@@ -17,9 +17,12 @@ import torch
 from filelock import FileLock
 from made_up import MadeUpWorkers
 from PIL import Image
+from small_clip import save_clip
 
 from evaluation import fid
+from evaluation.clip_score import ClipScore
 from models import geometry
+from models.clip import load_clip
 from models.families import FAMILIES
 from quant import multiquantizer
 from stages.common import log
@@ -228,6 +231,17 @@ def labels(mq, built_once):
         subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
 
     return built_once("labels", build)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(built_once):
+    """A tiny CLIP model and its processor; not to be changed."""
+    return built_once("small_clip", save_clip)
+
+
+@pytest.fixture(scope="session")
+def clip_judge(clip_folder):
+    return ClipScore(*load_clip(clip_folder), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,15 @@ import math
 
 import torch
 from conftest import TINY, tiny, tiny_inputs
-from zoo import ZOO
+from safetensors.torch import load_file, save_file
+from zoo import ZOO, denoisers
 
 from models.families import FAMILIES
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
 from quant.slots import find_slots
 
-OTHERS = [name for name in ZOO if name != "wan_2_2"]  # its denoisers are Wan's
+OTHERS = list(denoisers.CONFIGS)
 NAMES = [*OTHERS, *(f"tiny_{name}" for name in TINY)]
 
 
@@ -72,3 +73,10 @@ def packed(name):
     output = predict(denoiser, arguments)
     assert output.isfinite().all() and math.isfinite(output.std()) and output.std() > 0
     return denoiser, arguments, output
+
+
+def change_tensors(path, change):
+    """Let `change` alter the tensors {name: tensor} in a safetensors file."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)

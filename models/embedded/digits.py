@@ -5,7 +5,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 
 SIZE_PX = 64
 PALETTE = {
@@ -26,6 +25,8 @@ def load_scans(split="all"):
 
     `split` is "all" (1,797), "train" (four of every five) or "test" (every fifth).
     """
+    from sklearn.datasets import load_digits  # imported late: the rest of this module is asked for by every script
+
     digits = load_digits()
     scans = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
     labels = torch.from_numpy(digits.target).long()  # [N]

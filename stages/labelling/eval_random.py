@@ -21,7 +21,7 @@ from stages.labelling.stopwatch import Stopwatch
 from stages.labelling.workers import needs_ray, start_workers
 from stages.library_notes import notes_in_run_log
 from stages.run_folder import only_run_in, read_settings, save_settings, start_log
-from stages.sampling import add_sampling_flags, check_sampling, parse_sampling, prompts_for
+from stages.sampling import add_sampling_flags, check_sampling, complete_sampling, prompts_for
 
 SETTINGS = "sampling_config.yaml"
 
@@ -33,7 +33,7 @@ def main(family):
     check_first(args, family, device)
     reference = reference_folder(args, family)
     job = Job(family.name, args, prompts_for(args, family))
-    flags = vars(args) | {
+    flags = args | {
         "reference": reference,
         "reference_key": fid.folder_key(reference, times=False),
         "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
@@ -67,7 +67,7 @@ def check_first(args, family, device):
 
 
 def run(job, flags, device):
-    """Label as the job says. `flags` {name: value} are its flags and keys of what they name: what labels depend on."""
+    """Label as the job says. `flags` are its flags and keys of what they name: what labels depend on."""
     args = job.args
     check_same_run(flags, args.outdir)
     start_log(args.outdir)
@@ -131,13 +131,17 @@ def parse_args(family, argv=None):
         parser.add_argument("--clip_score", action="store_true", help="label with the CLIP score too")
         parser.add_argument("--clip_model", default=CLIP_MODEL, help="CLIP of --clip_score: Hub id or local folder")
     add_sampling_flags(parser, family)
-    args = parse_sampling(parser, family, guidance="label_guidance", argv=argv)
+    return parser.parse_args(argv, lambda args: complete(args, family))
+
+
+def complete(args, family):
+    """Flags {name: value}, those left out filled from what is known of the model."""
+    found = complete_sampling(args, family, guidance="label_guidance")
     if args.a_l > args.a_u:
         raise InputError(f"--a_l {args.a_l} is above --a_u {args.a_u}")
     successive_halving.check(args)
-    args.num_archs = len(args.q_config) or args.num_archs
-    args.chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
-    return args
+    chosen_key = ", ".join(map(q_config.key, args.q_config)) or None
+    return found | {"num_archs": len(args.q_config) or args.num_archs, "chosen_key": chosen_key}
 
 
 def check_same_run(flags, outdir):

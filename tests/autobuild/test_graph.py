@@ -1,9 +1,8 @@
 """The denoisers' graphs, traced at real size without weights."""
 
-import diffusers
 import pytest
-import torch
 from PIL import Image
+from zoo import ZOO, denoisers
 
 from autobuild import draw, graph
 from autobuild.graph import of_family
@@ -135,38 +134,20 @@ def test_ties_splits_and_skips():
     )
 
 
-SMALL = {
-    "SD3Transformer2DModel": (
-        {"sample_size": 16, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
-        | {"joint_attention_dim": 12, "pooled_projection_dim": 10, "pos_embed_max_size": 16, "in_channels": 4},
-        {"hidden_states": (1, 4, 16, 16), "encoder_hidden_states": (1, 7, 12), "pooled_projections": (1, 10)},
-    ),
-    "FluxTransformer2DModel": (
-        {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4}
-        | {"joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (4, 4, 8)},
-        {"hidden_states": (1, 16, 4), "encoder_hidden_states": (1, 7, 12), "pooled_projections": (1, 10)}
-        | {"img_ids": (16, 3), "txt_ids": (7, 3)},
-    ),
-}
-
-
 @pytest.mark.parametrize(
-    ("class_name", "combining"),
+    ("name", "combining"),
     [
-        ("SD3Transformer2DModel", (8, 4)),  # two joint blocks: 4 + 3 modulations, the output's; two attentions
-        (
-            "FluxTransformer2DModel",
-            (7, 6),
-        ),  # a double, two single blocks: 4 + 2, the output's; three attentions
+        # Three joint blocks. Two have two attentions, whose inputs are modulations of one norm, which so stays a norm:
+        # 1 of the image and 2 of the text are left in each; the last has 2 and 1, the output one. Five attentions.
+        ("sd3", (10, 10)),
+        # Two double, two single blocks: 2 x 4 + 2 modulations, the output's; four attentions.
+        ("flux", (11, 8)),
     ],
 )
-def test_other_denoisers_come_through_the_same_code(class_name, combining):
-    settings, shapes = SMALL[class_name]
-    with torch.device("meta"):
-        denoiser = getattr(diffusers, class_name)(**settings)
-        inputs = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"timestep": torch.zeros(1)}
+def test_other_denoisers_come_through_the_same_code(name, combining):
+    denoiser = denoisers.build(name).to("meta")
     slots = find_slots(denoiser)
-    traced = graph.trace(denoiser, inputs, slots)
+    traced = graph.trace(denoiser, ZOO[name].inputs(denoiser), slots)
     read = {source for source, _ in traced.edges}
     assert {node.name for node in traced.weights} == set(slots)
     assert (traced.counts()["adaln"], traced.counts()["matmul"]) == combining

@@ -60,7 +60,7 @@ def test_steps_are_evenly_spaced_and_every_denoiser_is_heard():
     assert scales == {"first": [1, 5, 1, 5], "late": [9, 9]}
     assert torch.equal(found["first"][0].calls[0][0]["sample"], torch.cat([sample(0)] * 2))
     assert "step" not in vars(pipeline.scheduler)
-    assert not pipeline.first._forward_hooks
+    assert "forward" not in vars(pipeline.first) and "forward" not in vars(pipeline.late)
 
 
 def test_guidance_is_found_and_the_variance_left_aside():

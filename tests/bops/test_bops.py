@@ -1,11 +1,11 @@
 import functools
 
-import other_denoisers
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
+from zoo import denoisers
 
 from bops.bops import tera_bops
 from bops.macs import Macs, count_macs
@@ -129,16 +129,16 @@ def test_fewer_bits_cost_less(name):
 
 
 @functools.cache
-def other_macs(maker):
-    """MACs of two images, and the denoiser."""
-    denoiser, inputs = other_denoisers.make(maker)
-    return count_macs(denoiser, inputs), denoiser
+def other_macs(name):
+    """MACs of two images, or one video, and the denoiser."""
+    denoiser = denoisers.build(name)
+    return count_macs(denoiser, denoisers.inputs(name)), denoiser
 
 
-@pytest.mark.parametrize("maker", other_denoisers.MAKERS)
-def test_other_denoisers_are_counted_whatever_way_attention_gets_its_arguments(maker, monkeypatch):
+@pytest.mark.parametrize("name", denoisers.CONFIGS)
+def test_other_denoisers_are_counted_whatever_way_attention_gets_its_arguments(name, monkeypatch):
     """Attention's products are those of the shapes that PyTorch's own function sees."""
-    macs, denoiser = other_macs(maker)
+    macs, denoiser = other_macs(name)
     assert macs.layers.keys() == {slot.module_path for slot in find_slots(denoiser, ANY_MODULE).values()}
     assert all(macs.layers.values()) and macs.norms
     shapes, attention = [], F.scaled_dot_product_attention
@@ -148,33 +148,34 @@ def test_other_denoisers_are_counted_whatever_way_attention_gets_its_arguments(m
         return attention(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", heard)
-    again, inputs = other_denoisers.make(maker)
-    again(**inputs)
+    denoiser(**denoisers.inputs(name))
     assert shapes
     assert macs.attention_qk == sum(n * h * t * d * s for n, h, t, d, s, _ in shapes)
     assert macs.attention_av == sum(n * h * t * s * v for n, h, t, _, s, v in shapes)
 
 
 def test_flux_by_hand():
-    """One double and two single blocks over 16 image and 5 text tokens, 2 heads of 16, two images."""
-    macs, _ = other_macs(other_denoisers.flux)
-    assert macs.attention_qk == macs.attention_av == 2 * 3 * 21 * 21 * 32
+    """Two double and two single blocks over 16 image and 6 text tokens, 2 heads of 16, two images."""
+    macs, _ = other_macs("flux")
+    assert macs.attention_qk == macs.attention_av == 2 * 4 * 22 * 22 * 32
     assert macs.layers["transformer_blocks.0.attn.to_q"] == 2 * 16 * 32 * 32
-    assert macs.layers["single_transformer_blocks.1.proj_mlp"] == 2 * 21 * 32 * 128
+    assert macs.layers["single_transformer_blocks.1.proj_mlp"] == 2 * 22 * 32 * 128
 
 
 def test_wan_by_hand():
-    """Three frames of 8 x 8 in patches of 1 x 2 x 2 are 48 tokens; two blocks look at them and at 5 of text."""
-    macs, _ = other_macs(other_denoisers.wan)
-    assert macs.layers["patch_embedding"] == 2 * 48 * 24 * (4 * 1 * 2 * 2)
-    assert macs.attention_qk == macs.attention_av == 2 * 2 * 48 * (48 + 5) * 24
+    """Three frames of 8 x 8 in patches of 1 x 2 x 2 are 48 tokens; two blocks look at them and at 6 of text."""
+    macs, _ = other_macs("wan")
+    assert macs.layers["patch_embedding"] == 48 * 32 * (16 * 1 * 2 * 2)
+    assert macs.attention_qk == macs.attention_av == 2 * 48 * (48 + 6) * 32
 
 
 def test_linear_attention_by_hand():
-    """Sana's, in each of two blocks and 2 heads of 8: values and a row of ones times keys, and that times 16 queries."""
-    macs, _ = other_macs(other_denoisers.sana)
-    assert macs.products == 2 * 2 * 2 * 2 * (8 + 1) * 8 * 16
-    assert macs.attention_qk == 2 * 2 * 16 * 5 * 16  # cross-attention to the text
+    """Sana's, of two images in each of two blocks and 2 heads of 16: values and a row of ones times 64 keys, and that
+    times as many queries.
+    """
+    macs, _ = other_macs("sana")
+    assert macs.products == 2 * 2 * 2 * (16 + 1) * 16 * (64 + 64)
+    assert macs.attention_qk == 2 * 2 * 64 * 6 * 32  # cross-attention to the text
 
 
 def test_attention_written_out_costs_what_the_function_costs():

@@ -3,24 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_clip import PROMPTS, TOKENS, random_images, save_clip
+from small_clip import PROMPTS, TOKENS, random_images
 from transformers import CLIPModel
 
-from evaluation.clip_score import ClipScore
-from models.clip import load_clip
 from models.embedded.text_encoders import clip_tokenizer
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def judge(saved):
-    return ClipScore(*load_clip(saved), CPU)
 
 
 @pytest.fixture
@@ -42,40 +28,40 @@ def cosine(model, image, prompt):
     return F.cosine_similarity(said, shown).item()
 
 
-def test_equals_pairs_one_by_one(judge, saved, images):
-    model = CLIPModel.from_pretrained(saved)
+def test_equals_pairs_one_by_one(clip_judge, clip_folder, images):
+    model = CLIPModel.from_pretrained(clip_folder)
     cosines = [cosine(model, image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
     assert min(cosines) < -0.05 and max(cosines) > 0.05
     expected = [100 * max(value, 0) for value in cosines]
-    assert judge.scores(images, PROMPTS) == pytest.approx(expected, abs=1e-3)
+    assert clip_judge.scores(images, PROMPTS) == pytest.approx(expected, abs=1e-3)
 
 
-def test_batches_do_not_matter(judge, images):
-    whole = judge.scores(images, PROMPTS)
+def test_batches_do_not_matter(clip_judge, images):
+    whole = clip_judge.scores(images, PROMPTS)
     assert whole.shape == (len(PROMPTS),) and whole.std() > 1
     for batch_size in (1, 4):
-        assert judge.scores(iter(images), PROMPTS, batch_size) == pytest.approx(whole, abs=1e-3)
+        assert clip_judge.scores(iter(images), PROMPTS, batch_size) == pytest.approx(whole, abs=1e-3)
 
 
-def test_each_image_goes_with_its_own_prompt(judge, images):
-    scores = judge.scores(images, PROMPTS)
-    assert judge.scores(images[::-1], PROMPTS[::-1]) == pytest.approx(scores[::-1], abs=1e-3)
-    assert np.abs(judge.scores(images[::-1], PROMPTS) - scores).max() > 1
+def test_each_image_goes_with_its_own_prompt(clip_judge, images):
+    scores = clip_judge.scores(images, PROMPTS)
+    assert clip_judge.scores(images[::-1], PROMPTS[::-1]) == pytest.approx(scores[::-1], abs=1e-3)
+    assert np.abs(clip_judge.scores(images[::-1], PROMPTS) - scores).max() > 1
 
 
-def test_other_sizes_are_resized_and_cut_to_their_centre(judge, saved):
+def test_other_sizes_are_resized_and_cut_to_their_centre(clip_judge):
     wide, tall = (np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8) for shape in ((64, 96, 3), (96, 64, 3)))
     centres = [
         Image.fromarray(wide).resize((48, 32), Image.BICUBIC).crop((8, 0, 40, 32)),
         Image.fromarray(tall).resize((32, 48), Image.BICUBIC).crop((0, 8, 32, 40)),
     ]
-    by_pillow = judge.scores([np.array(centre) for centre in centres], ["zebra", "9"])
-    assert judge.scores([wide, tall], ["zebra", "9"]) == pytest.approx(by_pillow, abs=0.1)
+    by_pillow = clip_judge.scores([np.array(centre) for centre in centres], ["zebra", "9"])
+    assert clip_judge.scores([wide, tall], ["zebra", "9"]) == pytest.approx(by_pillow, abs=0.1)
 
 
-def test_images_and_prompts_must_be_as_many(judge, images):
-    assert judge.scores([], []).shape == (0,)
+def test_images_and_prompts_must_be_as_many(clip_judge, images):
+    assert clip_judge.scores([], []).shape == (0,)
     with pytest.raises(ValueError):
-        judge.scores(images, PROMPTS[:-1])
+        clip_judge.scores(images, PROMPTS[:-1])
     with pytest.raises(ValueError):
-        judge.scores(images[:-1], PROMPTS)
+        clip_judge.scores(images[:-1], PROMPTS)

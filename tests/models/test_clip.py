@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from no_network import no_network
-from small_clip import PROMPTS, random_images, save_clip
+from small_clip import PROMPTS, random_images
 from transformers import CLIPModel
 
 from errors import InputError
@@ -19,25 +19,15 @@ from models.clip import load_clip
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def judge(saved):
-    return scorer(saved)
-
-
 @pytest.fixture
 def images():
     return random_images()
 
 
 @pytest.fixture
-def folder(saved, tmp_path):
+def folder(clip_folder, tmp_path):
     """A copy of the folder, to damage."""
-    for file in saved.iterdir():
+    for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
 
@@ -55,13 +45,13 @@ def refusal(model_id):
     return message
 
 
-def test_half_precision_weights_are_computed_with_in_float32(saved, folder):
-    CLIPModel.from_pretrained(saved, dtype=torch.float16).save_pretrained(folder)
+def test_half_precision_weights_are_computed_with_in_float32(clip_folder, folder):
+    CLIPModel.from_pretrained(clip_folder, dtype=torch.float16).save_pretrained(folder)
     assert load_clip(folder)[0].dtype == torch.float32
 
 
-def test_loading_prints_nothing(saved, capfd):
-    load_clip(saved)
+def test_loading_prints_nothing(clip_folder, capfd):
+    load_clip(clip_folder)
     assert capfd.readouterr() == ("", "")
 
 
@@ -91,19 +81,19 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def cached(saved, tmp_path, monkeypatch):
+def cached(clip_folder, tmp_path, monkeypatch):
     """The snapshot folder of the model `a/clip` in a Hub cache."""
     commit = "0" * 40
     model = tmp_path / "hub" / "models--a--clip"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(commit)
-    shutil.copytree(saved, model / "snapshots" / commit)
+    shutil.copytree(clip_folder, model / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return model / "snapshots" / commit
 
 
 @pytest.fixture
-def hub(saved, monkeypatch):
+def hub(clip_folder, monkeypatch):
     """The Hub has every model; gives the list of what is asked of it."""
     wanted = []
 
@@ -111,7 +101,7 @@ def hub(saved, monkeypatch):
         if local_files_only:
             return snapshot_download(model_id, local_files_only=True)
         wanted.append(allow_patterns)
-        return saved
+        return clip_folder
 
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
     snapshot_download = clip.snapshot_download
@@ -120,16 +110,16 @@ def hub(saved, monkeypatch):
     return wanted
 
 
-def test_fetched_from_the_hub_when_not_cached(hub, judge, images):
+def test_fetched_from_the_hub_when_not_cached(hub, clip_judge, images):
     scores = scorer("another/clip").scores(images, PROMPTS)
-    assert np.array_equal(scores, judge.scores(images, PROMPTS))
+    assert np.array_equal(scores, clip_judge.scores(images, PROMPTS))
     assert hub == [["*.json", "*.txt", "pytorch_model*.bin"]]
 
 
-def test_the_cache_alone_will_do(cached, judge, images):
+def test_the_cache_alone_will_do(cached, clip_judge, images):
     with no_network() as asked:
         scores = scorer("a/clip").scores(images, PROMPTS)
-    assert np.array_equal(scores, judge.scores(images, PROMPTS)) and asked == []
+    assert np.array_equal(scores, clip_judge.scores(images, PROMPTS)) and asked == []
 
 
 @pytest.mark.parametrize(
@@ -148,9 +138,9 @@ def test_a_file_that_the_cache_lacks_is_not_called_the_network(cached, name, rea
     assert f"{cached}, is incomplete or damaged" in message and reason in message and "no network in this test" in message
 
 
-def test_a_file_that_the_cache_lacks_is_fetched(cached, hub, judge, images):
+def test_a_file_that_the_cache_lacks_is_fetched(cached, hub, clip_judge, images):
     (cached / "model.safetensors").unlink()
-    assert np.array_equal(scorer("a/clip").scores(images, PROMPTS), judge.scores(images, PROMPTS))
+    assert np.array_equal(scorer("a/clip").scores(images, PROMPTS), clip_judge.scores(images, PROMPTS))
     assert len(hub) == 1
 
 

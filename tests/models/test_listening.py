@@ -10,7 +10,7 @@ from conftest import tiny_dit
 from diffusers import DDIMScheduler, DiTPipeline
 
 from models.embedded.denoisers import build_vae
-from models.listening import StandIn, Taken, answering_once, first_call, latents_taken, overheard, stopping, timed
+from models.listening import StandIn, Taken, answering_once, first_call, first_of, latents_taken, overheard, stopping, timed
 from stages.labelling.stopwatch import Stopwatch
 
 SHORT = {"class_labels": [3, 7], "num_inference_steps": 3, "guidance_scale": 1.0}
@@ -44,6 +44,15 @@ def test_nothing_is_left_on_the_denoiser(pipeline):
 def test_a_pipeline_that_does_not_call_it_is_an_error(pipeline):
     with pytest.raises(RuntimeError, match="DiTPipeline did not call its DiTTransformer2DModel"):
         first_call(pipeline, tiny_dit(), class_labels=[3], num_inference_steps=1, guidance_scale=1.0)
+
+
+def test_the_first_of_several(pipeline):
+    """The one that is called is named, and none keeps anything of it; None if it is neither."""
+    denoisers = {"never": tiny_dit(), "transformer": pipeline.transformer}
+    name, arguments = first_of(pipeline, denoisers, class_labels=[3, 7], guidance_scale=1.0, num_inference_steps=5)
+    assert name == "transformer" and arguments["class_labels"].tolist() == [3, 7]
+    assert not any("forward" in vars(each) for each in denoisers.values())
+    assert first_of(pipeline, {"never": denoisers["never"]}, **SHORT, output_type="latent") is None
 
 
 class Owner:
@@ -80,7 +89,7 @@ def test_calls_and_steps_are_overheard_in_turn(pipeline):
     heard, denoiser, scheduler = [], pipeline.transformer, pipeline.scheduler
     expected = pipeline(**SHORT, generator=torch.Generator().manual_seed(0), output_type="np").images
     with (
-        overheard(denoiser, scheduler, lambda *call: heard.append(call), heard.append),
+        overheard(scheduler, heard.append, (denoiser, lambda *call: heard.append(call))),
         latents_taken(pipeline.vae) as latents,
     ):
         images = pipeline(**SHORT, generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -95,7 +104,7 @@ def test_calls_and_steps_are_overheard_in_turn(pipeline):
 def test_one_answer_for_all_steps(pipeline):
     heard, run, denoiser = [], [], pipeline.transformer
     denoiser.proj_out_2.register_forward_hook(lambda *_: run.append(1))
-    hearing = overheard(denoiser, pipeline.scheduler, lambda _, output: heard.append(output), lambda _: None)
+    hearing = overheard(pipeline.scheduler, lambda _: None, (denoiser, lambda _, output: heard.append(output)))
     with answering_once(denoiser), hearing:
         pipeline(**SHORT)
     assert len(run) == 1 and len(heard) == 3 and all(each is heard[0] for each in heard)

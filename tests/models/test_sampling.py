@@ -16,7 +16,7 @@ from models.pipelines import Extras, load_encoder, load_sampler
 from models.prompt_memo import encode_prompts, remember
 from quant.slots import find_slots
 from stages.common import in_precision, parser_for
-from stages.sampling import add_sampling_flags, check_sampling, extras_of, parse_sampling
+from stages.sampling import add_sampling_flags, check_sampling, complete_sampling, extras_of
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def parse(monkeypatch):
         monkeypatch.setattr("sys.argv", ["x.py", *map(str, flags)])
         parser = parser_for(FAMILIES[name], "infer", "test")
         add_sampling_flags(parser, FAMILIES[name])
-        return parse_sampling(parser, FAMILIES[name])
+        return parser.parse_args(complete=lambda args: complete_sampling(args, FAMILIES[name]))
 
     return parse
 
@@ -59,11 +59,9 @@ def test_the_models_own_classes_and_size(parse, tmp_path):
     args = parse("dit", "--model_id", copy)
     assert args.res is None and args.num_classes == 20
     check_sampling(args, copy.family, CPU)
-    args.res = 256
-    check_sampling(args, copy.family, CPU)
-    args.res = 512
+    check_sampling(args | {"res": 256}, copy.family, CPU)
     with pytest.raises(InputError, match="makes images of 256 px only"):
-        check_sampling(args, copy.family, CPU)
+        check_sampling(args | {"res": 512}, copy.family, CPU)
 
 
 def test_a_size_far_from_its_own_is_warned_of(parse, tmp_path, caplog):

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from compvis_checkpoint import compvis_state
+from compvis_checkpoint import compvis_state, same_weights
 from conftest import ROOT
 from no_network import no_network
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -60,11 +60,6 @@ def refusal(load, path, family=SDV15):
         load(family, str(path), CPU)
     assert "\n" not in str(failure.value)
     return str(failure.value)
-
-
-def same_weights(one, two):
-    one, two = one.state_dict(), two.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def image(sampler):

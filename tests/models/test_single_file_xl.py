@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from compvis_checkpoint import sdxl_state
+from compvis_checkpoint import same_weights, sdxl_state
 from embedded_copies import CPU, PROMPT, refusal
 from no_network import no_network
 from safetensors.torch import save_file
@@ -49,11 +49,6 @@ def file(pipeline, pipeline_folder, tmp_path):
     save_file(state, path)
     shutil.copytree(pipeline_folder, path.with_suffix(""), ignore=shutil.ignore_patterns("*.safetensors"))
     return path
-
-
-def same_weights(one, two):
-    one, two = one.state_dict(), two.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_file_is_the_folder(pipeline, file):

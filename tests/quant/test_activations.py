@@ -5,16 +5,16 @@ import itertools
 import math
 import pickle
 
-import diffusers
-import other_denoisers
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from conftest import tiny, tiny_dit, tiny_inputs
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as HookOfDiffusers
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
+from zoo import denoisers
 
 from quant import activations
 from quant.activations import quantize_channels, quantize_tokens, set_activation_bits
@@ -295,103 +295,29 @@ def test_a_layer_quantizes_its_input(layer, shape, quantize):
 # Denoisers
 
 
-def make_dit():
-    denoiser = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
-    )
-    return denoiser, {"timestep": torch.tensor([10, 500]), "class_labels": torch.tensor([3, 7])}
+FAMILIES = ("dit", "pixart_alpha", "hunyuan", "sdxl", "sdv15")
 
 
-def make_pixart():
-    denoiser = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=2,
-        sample_size=8,
-        caption_channels=12,
-        use_additional_conditions=False,
-    )
-    return denoiser, {
-        "timestep": torch.tensor([10, 500]),
-        "encoder_hidden_states": random(2, 5, 12, seed=5),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def make_hunyuan():
-    denoiser = diffusers.HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        hidden_size=16,
-        in_channels=4,
-        patch_size=2,
-        num_layers=4,
-        sample_size=8,
-        cross_attention_dim=16,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=16,
-        text_len=3,
-        text_len_t5=4,
-    )
-    return denoiser, {
-        "timestep": torch.tensor([10.0, 500.0]),
-        "encoder_hidden_states": random(2, 3, 16, seed=5),
-        "text_embedding_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-        "encoder_hidden_states_t5": random(2, 4, 16, seed=6),
-        "text_embedding_mask_t5": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]),
-        "image_meta_size": torch.tensor([[64.0, 64, 64, 64, 0, 0]] * 2),
-        "style": torch.zeros(2, dtype=torch.long),
-        "image_rotary_emb": (torch.cos(random(16, 8, seed=7)), torch.sin(random(16, 8, seed=7))),
-    }
-
-
-def make_unet(**options):
-    denoiser = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12, norm_num_groups=8, **options
-    )
-    return denoiser, {"timestep": torch.tensor(500), "encoder_hidden_states": random(2, 5, 12, seed=5)}
-
-
-def make_sdxl():
-    denoiser, inputs = make_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=16 + 6 * 4,
-    )
-    added = {"text_embeds": random(2, 16, seed=6), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
-    return denoiser, inputs | {"added_cond_kwargs": added}
-
-
-def make_sdv15():
-    return make_unet(
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-    )
-
-
-MAKERS = {"dit": make_dit, "pixart": make_pixart, "hunyuan": make_hunyuan, "sdxl": make_sdxl, "sdv15": make_sdv15}
-
-
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=FAMILIES)
 def made(request):
     return make(request.param)
 
 
 def make(name):
-    """A small denoiser of random weights with quantizable layers, and its inputs."""
-    torch.manual_seed(0)
-    denoiser, inputs = MAKERS[name]()
-    denoiser = denoiser.eval().requires_grad_(False)
+    """A family's tiny denoiser with quantizable layers, and arguments of a call for two pictures."""
+    changes = {"sample_size": 16} if name == "sdv15" else {}  # else its innermost attention has one token
+    denoiser = tiny(name, **changes)
     install(denoiser, find_slots(denoiser), torch.float32)
-    return denoiser, inputs | {("sample" if name.startswith("sd") else "hidden_states"): random(2, 4, 8, 8)}
+    return denoiser, inputs_of(name, denoiser)
+
+
+def inputs_of(name, denoiser):
+    """Those of `tiny_inputs`, of two pictures whose texts are of different lengths."""
+    inputs = tiny_inputs(name, denoiser)
+    for key, value in inputs.items():
+        if "mask" in key:
+            value[0, value.shape[1] // 2 :] = 0
+    return inputs
 
 
 def attentions(denoiser):
@@ -454,11 +380,8 @@ def test_every_attention_is_quantized_once(made, attention_calls):
 
 
 def test_layers_without_a_configuration_are_not_touched():
-    torch.manual_seed(0)
-    denoiser, inputs = make_dit()
-    denoiser.requires_grad_(False)
-    inputs["hidden_states"] = random(2, 4, 8, 8)
-    seen = []
+    denoiser = tiny_dit()
+    inputs, seen = tiny_inputs("dit", denoiser), []
     denoiser.proj_out_2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     set_activation_bits(denoiser, 6)
     output = denoiser(**inputs).sample
@@ -488,8 +411,8 @@ def output_of(denoiser, inputs):
     return torch.stack(output) if isinstance(output, list) else output  # Z-Image answers image by image
 
 
-ALL = {name: functools.partial(make, name) for name in MAKERS}
-ALL |= {maker.__name__: functools.partial(other_denoisers.make, maker) for maker in other_denoisers.MAKERS}
+ALL = {name: lambda name=name: (denoisers.build(name), denoisers.inputs(name)) for name in denoisers.CONFIGS}
+ALL |= {name: functools.partial(make, name) for name in FAMILIES}
 
 
 def replaced(query, *args, float_attention=F.scaled_dot_product_attention, **kwargs):
@@ -541,7 +464,7 @@ def test_a_denoiser_in_another_s_forward_has_its_own_bits(attention_calls):
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda denoiser: pickle.loads(pickle.dumps(denoiser))])
 def test_a_copy_is_quantized_for_itself(again):
-    denoiser, inputs = make("pixart")
+    denoiser, inputs = make("pixart_alpha")
     before = denoiser(**inputs).sample
     set_activation_bits(denoiser, 6)
     quantized = denoiser(**inputs).sample
@@ -617,7 +540,7 @@ def test_the_forward_shows_its_parameters():
 
 
 def test_linear_attention_is_said_to_stay_float_once(caplog):
-    denoiser, inputs = other_denoisers.make(other_denoisers.sana)
+    denoiser, inputs = ALL["sana"]()
     for bits in (8, 6):
         set_activation_bits(denoiser, bits)
         denoiser(**inputs)

@@ -6,13 +6,16 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from packed_models import change_tensors
+from safetensors.torch import load_file
 from torch import nn
 
 from errors import InputError
 from quant import QuantizedModel, load_packed, save_packed
 from quant.discovery import weight_use
 from quant.layers import packed_layers
+
+WEIGHTS = "model.safetensors"
 
 
 class Scaled(nn.Linear):
@@ -101,7 +104,7 @@ def test_what_is_packed_and_what_is_left(saved):
     paths = [path for path, _ in packed_layers(module)]
     assert paths == ["first", "again", "convolution", "attention.out_proj", "read", "out"]
     assert module.first is module.again and type(module.scaled) is Scaled
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     assert "again.codes" not in tensors and "first.codes" in tensors and "scaled.weight" in tensors
 
 
@@ -127,7 +130,7 @@ def test_it_can_be_saved_again_and_copied(saved, tmp_path):
     folder, output = saved
     module = copy.deepcopy(load_packed(network(1), folder))
     save_packed(module, tmp_path / "again")
-    for name in ("model.safetensors", "quantization_config.json"):
+    for name in (WEIGHTS, "quantization_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     save_packed(load_packed(network(2), folder), folder)  # over what it is mapped from
     assert torch.equal(run(load_packed(network(3), folder)), output)
@@ -138,7 +141,7 @@ def test_ties_are_kept(tmp_path):
     module[1].load_state_dict(module[0].state_dict())
     QuantizedModel(module, ties={"1": "0"}).pack("kmeans-4", show=False)
     save_packed(module, tmp_path)
-    assert sorted(load_file(tmp_path / "model.safetensors")) == ["0.bias", "0.codes", "0.table", "1.bias"]
+    assert sorted(load_file(tmp_path / WEIGHTS)) == ["0.bias", "0.codes", "0.table", "1.bias"]
     loaded = load_packed(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path)
     assert torch.equal(loaded[1].decoded(), module[0].decoded())
 
@@ -165,15 +168,9 @@ def change_json(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def change_tensors(folder, change):
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 DAMAGE = {
-    "cut": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
-    "no tensors": lambda f: (f / "model.safetensors").unlink(),
+    "cut": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+    "no tensors": lambda f: (f / WEIGHTS).unlink(),
     "no configuration": lambda f: (f / "quantization_config.json").unlink(),
     "no JSON": lambda f: (f / "quantization_config.json").write_text("{"),
     "a list": lambda f: (f / "quantization_config.json").write_text("[]"),
@@ -185,11 +182,11 @@ DAMAGE = {
     "precision": lambda f: change_json(f, dtypes={"first": "int8"}),
     "precision of nothing": lambda f: change_json(f, dtypes={"first": "nn"}),
     "another method": lambda f: change_json(f, weights={"first": "mse-3"}),
-    "one too many": lambda f: change_tensors(f, lambda t: t.__setitem__("x", torch.ones(1))),
-    "one too few": lambda f: change_tensors(f, lambda t: t.pop("norm.bias")),
-    "float shape": lambda f: change_tensors(f, lambda t: t.__setitem__("norm.bias", torch.ones(3))),
-    "codes": lambda f: change_tensors(f, lambda t: t.__setitem__("first.codes", t["first.codes"][1:].clone())),
-    "table": lambda f: change_tensors(f, lambda t: t["first.table"].fill_(torch.nan)),
+    "one too many": lambda f: change_tensors(f / WEIGHTS, lambda t: t.__setitem__("x", torch.ones(1))),
+    "one too few": lambda f: change_tensors(f / WEIGHTS, lambda t: t.pop("norm.bias")),
+    "float shape": lambda f: change_tensors(f / WEIGHTS, lambda t: t.__setitem__("norm.bias", torch.ones(3))),
+    "codes": lambda f: change_tensors(f / WEIGHTS, lambda t: t.__setitem__("first.codes", t["first.codes"][1:].clone())),
+    "table": lambda f: change_tensors(f / WEIGHTS, lambda t: t["first.table"].fill_(torch.nan)),
 }
 
 

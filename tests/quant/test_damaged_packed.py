@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 from diffusers import AutoModel
-from packed_models import packed, predict
-from safetensors.torch import load_file, save_file
+from packed_models import change_tensors, packed, predict
+from safetensors.torch import load_file
 
 from errors import InputError
 
@@ -34,12 +34,6 @@ def change_told(folder, change):
     told = json.loads((folder / CONFIG).read_text())
     told["quantization_config"] = change(told["quantization_config"]) or told["quantization_config"]
     (folder / CONFIG).write_text(json.dumps(told))
-
-
-def change_tensors(folder, change):
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 def refused(folder, words):
@@ -178,7 +172,7 @@ def test_tensors_that_do_not_fit(damage, algorithm, tmp_path):
     saved("pixart", tmp_path)
     path = method_at(packed("pixart")[0], algorithm)
     change, words = damage(path)
-    change_tensors(tmp_path, change)
+    change_tensors(tmp_path / WEIGHTS, change)
     refused(tmp_path, words)
 
 
@@ -197,7 +191,7 @@ def test_tensors_that_do_not_fit(damage, algorithm, tmp_path):
 def test_tables_that_no_fit_makes(algorithm, leaf, change, words, tmp_path):
     saved("pixart", tmp_path)
     path = method_at(packed("pixart")[0], algorithm)
-    change_tensors(tmp_path, put(f"{path}.{leaf}", change))
+    change_tensors(tmp_path / WEIGHTS, put(f"{path}.{leaf}", change))
     refused(tmp_path, words)
 
 
@@ -206,7 +200,7 @@ def test_tied_tensors_that_are_in_the_file_after_all(tmp_path):
     saved("tiny_dit", tmp_path)
     ties = json.loads((tmp_path / CONFIG).read_text())["quantization_config"]["ties"]
     path, shared = next(iter(ties.items()))
-    change_tensors(tmp_path, lambda tensors: tensors.__setitem__(f"{path}.codes", tensors[f"{shared}.codes"] + 1))
+    change_tensors(tmp_path / WEIGHTS, lambda tensors: tensors.__setitem__(f"{path}.codes", tensors[f"{shared}.codes"] + 1))
     refused(tmp_path, f"too many, first {path}.codes")
 
 
@@ -230,9 +224,8 @@ def test_a_shard_that_is_missing_is_told_by_diffusers(tmp_path):
 
 def test_a_shard_that_has_not_what_the_index_promises(tmp_path):
     shard = in_shards(tmp_path)[1]
-    tensors = {key: tensor.clone() for key, tensor in load_file(shard).items()}
-    lost = next(key for key in tensors if key.endswith(".codes"))
-    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, shard)
+    lost = next(key for key in load_file(shard) if key.endswith(".codes"))
+    change_tensors(shard, lambda tensors: tensors.pop(lost))
     refused(tmp_path, lost.removesuffix(".codes"))
 
 

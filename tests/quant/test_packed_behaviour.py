@@ -108,7 +108,6 @@ def test_groups_wait_on_the_host_until_they_run(name, how, tmp_path):
 def test_whole_models_wait_on_the_host_until_they_run(name):
     entry = ZOO[name]
     pipeline = entry.build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     for attribute in entry.denoiser_names:
         QuantizedModel(getattr(pipeline, attribute)).pack("kmeans-4", show=False)
     drawn = entry.draw(pipeline)

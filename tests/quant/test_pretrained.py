@@ -116,7 +116,6 @@ def test_a_fresh_process_needs_to_import_quant_alone(tmp_path):
 def test_pipelines_draw_the_same_when_loaded(name, tmp_path):
     entry = ZOO[name]
     pipeline = entry.build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     for attribute, method in zip(entry.denoiser_names, ("mse-4", "kmeans-3"), strict=False):
         QuantizedModel(getattr(pipeline, attribute)).pack(method, show=False)
     drawn = entry.draw(pipeline)

@@ -6,6 +6,7 @@ import pickle
 import shlex
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -158,12 +159,26 @@ def test_scripts_name_two_commands():
         assert os.linesep.join(text.splitlines()[-2:]).startswith("if __name__")
 
 
-def test_published_names_of_flags(monkeypatch, run_script):
-    """sdv15 has the published names of its flags beside the project's own."""
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_single_files_are_offered_where_diffusers_reads_them(family):
+    assert family.in_one_file == hasattr(getattr(diffusers, family.pipeline), "from_single_file")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The flags {name: value} with which images are asked for, which then stops."""
     seen = {}
-    monkeypatch.setattr(
-        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
-    )
+
+    def check_first(args, *_):
+        seen.update(args)
+        raise OSError("stop")
+
+    monkeypatch.setattr(infer, "check_first", check_first)
+    return seen
+
+
+def test_published_names_of_flags(seen, run_script):
+    """sdv15 has the published names of its flags beside the project's own."""
     flags = ("--ckpt", "embedded", "--ddim_steps", 7, "--ddim_eta", 0.0, "--scale", 3.5, "--res", 64, "--seed", 3)
     code, printed = run_script(infer, "sdv15", *flags)
     assert code == 2 and "stop" in printed
@@ -173,12 +188,8 @@ def test_published_names_of_flags(monkeypatch, run_script):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_published_defaults(name, monkeypatch, run_script):
+def test_published_defaults(name, seen, run_script):
     """Without flags the published prompts, sizes, steps, guidance, file names are asked for."""
-    seen = {}
-    monkeypatch.setattr(
-        infer, "check_first", lambda args, *rest: seen.update(vars(args)) or (_ for _ in ()).throw(OSError("stop"))
-    )
     run_script(infer, name)
     family = FAMILIES[name]
     assert str(seen["outdir"]) == f"{name}_sample" and str(seen["multi_chkpt"]) == f"multiquantizers/{name}_mq.pt"

@@ -15,7 +15,6 @@ from conftest import ROOT, script
 from errors import InputError, lacks_memory
 from models.families import FAMILIES
 from stages import common, infer
-from stages.common import run_stage
 from stages.run import OneLineParser, run_main
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -88,7 +87,7 @@ def test_debug_shows_the_traceback_with_what_was_hidden(monkeypatch, capsys):
     )
     assert ends(main, monkeypatch, capsys) == (2, ["error: x.pt: damaged"])
     assert ends(raising(KeyError("x")), monkeypatch, capsys, "--debug")[1][-1] == "error: unexpected KeyError: 'x'"
-    assert vars(OneLineParser().parse_args(["--debug"])) == {}  # a run goes on with it or without
+    assert OneLineParser().parse_args(["--debug"]) == {}  # a run goes on with it or without
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -105,6 +104,16 @@ def test_a_package_that_is_not_there_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": there})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: No module named 'torch'; `pip install -e .` in the project's folder installs")
+
+
+@pytest.mark.slow
+def test_help_is_told_without_what_only_some_runs_need():
+    """Not what reads digits, single files, or a family's pipeline: together as slow to import as a third of all else."""
+    needless = {"sklearn", "diffusers.loaders.single_file", "diffusers.pipelines.stable_diffusion_xl"}
+    ask = f"import sys, atexit\natexit.register(lambda: print({needless} & sys.modules.keys()))\n"
+    run = 'from stages import infer\nfrom models.families import FAMILIES\ninfer.main(FAMILIES["sdxl"])'
+    done = subprocess.run([sys.executable, "-c", ask + run, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: sdxl_infer.py") and done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", sorted({path.read_text().split('run_script("')[1].split('"')[0] for path in SCRIPTS}))
@@ -226,7 +235,7 @@ def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, r
 
     monkeypatch.setattr(infer, "check_first", check_first)
     flags = ("--model_id", "embedded", *flags)
-    code, lines = ends(lambda: run_stage(infer.main, "sdxl"), monkeypatch, capsys, *flags)
+    code, lines = ends(lambda: infer.main(FAMILIES["sdxl"]), monkeypatch, capsys, *flags)
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: out of memory (") and lines[0].endswith(f"; what takes less: {advice}")
 

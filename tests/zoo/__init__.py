@@ -19,7 +19,7 @@ VIDEO = PICTURE | {"num_frames": 5}
 class Entry:
     """One model: its denoiser alone, and its whole pipeline."""
 
-    build_pipeline: Callable
+    make_pipeline: Callable
     denoiser: str  # name of its configuration in `denoisers`
     call: dict  # arguments of the pipeline's call that draw something small in two steps
     denoiser_names: tuple[str, ...] = ("transformer",)  # the pipeline's attributes
@@ -27,6 +27,12 @@ class Entry:
     def build_denoiser(self):
         """The denoiser for inference in float32 on the CPU."""
         return denoisers.build(self.denoiser)
+
+    def build_pipeline(self):
+        """The pipeline, which shows no bar of its steps."""
+        pipeline = self.make_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def inputs(self, denoiser):
         """Keyword arguments of one call of `denoiser`, on its device; floating-point ones in its precision."""

@@ -15,9 +15,9 @@ def flux():
     return diffusers.FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTED),
         vae=_vae(),
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         tokenizer=tokenizer,
-        text_encoder_2=seeded(encoder_2),
+        text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
         transformer=denoisers.build("flux"),
     )
@@ -31,11 +31,11 @@ def sd3():
         transformer=denoisers.build("sd3"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(),
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         tokenizer=tokenizer,
-        text_encoder_2=seeded(encoder_2),
+        text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
-        text_encoder_3=seeded(encoder_3),
+        text_encoder_3=encoder_3,
         tokenizer_3=tokenizer_3,
     )
 
@@ -46,7 +46,7 @@ def wan(**changes):
     vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     return diffusers.WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         vae=seeded(vae),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=denoisers.build("wan"),
@@ -71,7 +71,7 @@ def qwen_image():
     return diffusers.QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTED),
         vae=seeded(vae),
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=denoisers.build("qwen_image"),
     )
@@ -82,7 +82,7 @@ def z_image():
     return diffusers.ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(),
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=denoisers.build("z_image"),
     )
@@ -92,7 +92,7 @@ def sana():
     tokenizer, encoder = text.gemma2()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         vae=_deep_compression_vae(),
         transformer=denoisers.build("sana"),
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -103,7 +103,7 @@ def pixart():
     tokenizer, encoder = text.t5()
     return diffusers.PixArtAlphaPipeline(
         tokenizer=tokenizer,
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         vae=_vae(),
         transformer=denoisers.build("pixart"),
         scheduler=DPMSolverMultistepScheduler(),
@@ -115,7 +115,7 @@ def ltx_video():
     return diffusers.LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTED, shift_terminal=0.1),
         vae=_ltx_vae(),
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=denoisers.build("ltx_video"),
     )
@@ -125,7 +125,7 @@ def aura_flow():
     tokenizer, encoder = text.umt5()
     return diffusers.AuraFlowPipeline(
         tokenizer=tokenizer,
-        text_encoder=seeded(encoder),
+        text_encoder=encoder,
         vae=_vae(),
         transformer=denoisers.build("aura_flow"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),

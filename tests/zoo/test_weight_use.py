@@ -38,7 +38,6 @@ def test_every_layer_may_hold_its_weight_elsewhere(name):
 
 def test_same_is_found_in_a_pipeline(name):
     pipeline = ZOO[name].build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     for attribute in ZOO[name].denoiser_names:
         denoiser = getattr(pipeline, attribute)
         found = weight_use(denoiser, lambda: ZOO[name].draw(pipeline))

@@ -30,7 +30,6 @@ def test_denoiser_is_the_same_when_built_again_or_loaded(entry, tmp_path):
 
 def test_pipeline_draws_the_same_when_loaded(entry, tmp_path):
     pipeline = entry.build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     drawn = entry.draw(pipeline)
     pipeline.save_pretrained(tmp_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
@@ -41,14 +40,12 @@ def test_pipeline_draws_the_same_when_loaded(entry, tmp_path):
 
 def test_pipeline_draws_what_it_is_asked_for(entry):
     pipeline = entry.build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     other = {"class_labels": [4]} if "class_labels" in entry.call else {"prompt": "a green two"}
     assert not np.array_equal(entry.draw(pipeline), entry.draw(pipeline, **other))
 
 
 def test_every_denoiser_of_the_pipeline_takes_part(entry):
     pipeline = entry.build_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
     drawn = entry.draw(pipeline)
     modules = {name for name, part in pipeline.components.items() if type(part) is type(entry.build_denoiser())}
     assert modules == set(entry.denoiser_names)

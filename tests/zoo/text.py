@@ -1,12 +1,13 @@
 """Small text encoders and tokenizers in the classes that pipelines of today name, made without a network.
 
-The tokenizers know letters and bytes alone. The encoders' widths differ pairwise, as those of the real ones do.
+The tokenizers know letters and bytes alone, but for T5's and CLIP's, which are the embedded models'. The encoders' widths
+differ pairwise, as those of the real ones do, and their weights are random.
 """
 
 import torch
 import transformers
 
-from models.embedded.text_encoders import byte_alphabet, clip_tokenizer, t5_tokenizer
+from models.embedded.text_encoders import byte_alphabet, clip_tokenizer, t5_encoder, t5_tokenizer
 
 CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH, UMT5_WIDTH, QWEN_WIDTH, GEMMA_WIDTH = 16, 24, 48, 40, 32, 28
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -14,32 +15,29 @@ CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.
 
 
 def t5():
-    """(tokenizer, T5 encoder)."""
+    """(tokenizer, T5 encoder), as the embedded models have them, T5_WIDTH wide."""
     tokenizer = t5_tokenizer()
-    return tokenizer, transformers.T5EncoderModel(_t5_config(transformers.T5Config, tokenizer, T5_WIDTH))
+    return tokenizer, seeded(t5_encoder(tokenizer))
 
 
 def umt5():
     """(T5's tokenizer, UMT5 encoder), whose every layer has a relative position bias of its own."""
     tokenizer = t5_tokenizer()
-    return tokenizer, transformers.UMT5EncoderModel(_t5_config(transformers.UMT5Config, tokenizer, UMT5_WIDTH))
-
-
-def _t5_config(config_class, tokenizer, width):
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
-    return config_class(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)
+    sizes = {"d_model": UMT5_WIDTH, "d_kv": 8, "d_ff": 2 * UMT5_WIDTH, "num_layers": 2, "num_heads": 2}
+    config = transformers.UMT5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)
+    return tokenizer, seeded(transformers.UMT5EncoderModel(config))
 
 
 def clip():
     """(tokenizer, CLIP text model), whose pooled output is CLIP_WIDTH wide."""
     tokenizer = clip_tokenizer()
-    return tokenizer, transformers.CLIPTextModel(_clip_config(tokenizer, CLIP_WIDTH))
+    return tokenizer, seeded(transformers.CLIPTextModel(_clip_config(tokenizer, CLIP_WIDTH)))
 
 
 def clip_with_projection(width):
     """(tokenizer, CLIP text model with a projection), both its outputs `width` wide."""
     tokenizer = clip_tokenizer()
-    return tokenizer, transformers.CLIPTextModelWithProjection(_clip_config(tokenizer, width))
+    return tokenizer, seeded(transformers.CLIPTextModelWithProjection(_clip_config(tokenizer, width)))
 
 
 def _clip_config(tokenizer, width):
@@ -62,7 +60,7 @@ def qwen3():
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=QWEN_WIDTH, intermediate_size=48, head_dim=16, **HEADS
     )
-    return tokenizer, transformers.Qwen3Model(config)
+    return tokenizer, seeded(transformers.Qwen3Model(config))
 
 
 def qwen2_5_vl():
@@ -73,7 +71,7 @@ def qwen2_5_vl():
     text = HEADS | {"hidden_size": QWEN_WIDTH, "intermediate_size": 48, "rope_parameters": rotary} | ends
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH}
     config = transformers.Qwen2_5_VLConfig(text_config=text | {"vocab_size": len(tokenizer)}, vision_config=vision)
-    return tokenizer, transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return tokenizer, seeded(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
 def gemma2():
@@ -82,7 +80,7 @@ def gemma2():
     config = transformers.Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=GEMMA_WIDTH, intermediate_size=48, head_dim=8, **HEADS
     )
-    return tokenizer, transformers.Gemma2Model(config)
+    return tokenizer, seeded(transformers.Gemma2Model(config))
 
 
 def qwen_tokenizer():

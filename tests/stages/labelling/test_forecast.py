@@ -2,7 +2,6 @@
 
 import re
 from collections import namedtuple
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from conftest import EVAL
 from errors import InputError
 from models.families import FAMILIES
 from stages.common import log
+from stages.flags import Flags
 from stages.labelling import eval_random, forecast, successive_halving
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ FLAGS = {"workers": None, "ray_address": None, "keep_samples": False, "q_config"
 
 
 def args_of(**changes):
-    return SimpleNamespace(**FLAGS | {"num_archs": 500, "n_imgs": 1000} | changes)
+    return Flags(FLAGS | {"num_archs": 500, "n_imgs": 1000} | changes)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,7 @@ def test_disk_is_what_a_run_takes(labels, tmp_path):
     reckoned = forecast.disk_bytes(args, FAMILIES["dit"], CPU)
     there = sum(path.stat().st_size for path in (labels / "full_precision").iterdir())
     assert reckoned["full precision"] == pytest.approx(2 * there, rel=0.1)
-    args.outdir = labels
-    assert forecast.disk_bytes(args, FAMILIES["dit"], CPU)["full precision"] == 0
+    assert forecast.disk_bytes(args | {"outdir": labels}, FAMILIES["dit"], CPU)["full precision"] == 0
 
 
 @pytest.mark.parametrize(
@@ -114,4 +113,4 @@ def test_enough_disk_is_no_error(tmp_path):
     args = args_of(model_id="embedded", res=None, outdir=tmp_path, n_imgs=2)
     forecast.check_disk(args, FAMILIES["dit"], CPU)
     with pytest.raises(InputError, match=r"a lower --n_imgs$"):
-        forecast.check_disk(args_of(**vars(args) | {"n_imgs": 10**12}), FAMILIES["dit"], CPU)
+        forecast.check_disk(args | {"n_imgs": 10**12}, FAMILIES["dit"], CPU)

@@ -6,7 +6,6 @@ import math
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from errors import InputError
 from evaluation import quant_cache
 from models.embedded.judge import digit_reference_folder
 from models.pipelines import Sampler
+from stages.flags import Flags
 from stages.labelling import eval_random, json_lines, labeller, successive_halving
 from stages.labelling.labeller import Task
 from stages.labelling.task_results import TaskResults
@@ -144,7 +144,7 @@ def test_halving_measures_the_better_ones_further(tmp_path, made_up_labels):
 @pytest.mark.parametrize("schedule", [[12], [4, 4], [6, 4], [4, 20]])
 def test_halving_schedules_that_do_not_grow(schedule):
     with pytest.raises(InputError, match="must grow"):
-        successive_halving.check(SimpleNamespace(budget_images=schedule, n_imgs=12))
+        successive_halving.check(Flags({"budget_images": schedule, "n_imgs": 12}))
 
 
 def test_what_is_no_number_ranks_last():
