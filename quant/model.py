@@ -20,6 +20,7 @@ from quant.exchangeable import install
 from quant.joined import is_fused
 from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
+from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
 from quant.registry import SEARCH_SPACE
 from quant.slots import ANY_MODULE, SlotRules, find_slots, free_keys
@@ -171,6 +172,7 @@ class QuantizedModel:
         share(self.module, ties)
         if isinstance(self.module, ModelMixin):
             attach(self.module, ties, precision_bits=self.precision_bits)
+        refuse_saving_unread(self.module)
         return_free_memory()
         return self.module
 
