@@ -108,6 +108,10 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         return 2 if self.pre_quantized else 8
 
     def validate_environment(self, device_map=None, **kwargs):
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise InputError(
+                "device_map: says disk, where packed layers cannot wait; say cpu: there they are mapped from their file"
+            )
         self.device_map = device_map
 
     def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
@@ -190,7 +194,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         """Whatever an index of files has promised; a device map may keep weights elsewhere for now."""
         devices = {str(device) for device in (self.device_map or {}).values()}
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-        if empty and len(devices - {"disk"}) == len(devices) <= 1:
+        if empty and len(devices) <= 1:
             raise InputError(f"{empty}: is not in the files; get the whole folder")
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
