@@ -28,13 +28,25 @@ from stages import quantize_choice as choice
 from stages.common import PRECISIONS
 from stages.library_notes import Once, library_notes
 from stages.quantize_card import Packed, base_name, write_card
-from stages.quantize_files import check_disk, check_output, make_work_folder, place_files, publish, weight_file_bytes
+from stages.quantize_files import (
+    AFTER,
+    BEFORE,
+    FITS,
+    PIPELINE,
+    check_disk,
+    check_output,
+    make_work_folder,
+    place_files,
+    publish,
+    save_denoiser,
+    weight_file_bytes,
+)
 from stages.quantize_flags import parse_args
 from stages.quantize_images import Wanted, all_there, draw_missing, prompts_of, sheet_of
 from stages.quantize_weights import Left, kept_in_float, matching, rules_of, slots_without, use_of_weights, with_true_ties
 from stages.run_folder import only_run_in
 
-SHEET, FITS = "contact_sheet.png", "fits.pt"
+SHEET = "contact_sheet.png"
 
 
 def main():
@@ -138,7 +150,7 @@ class Job:
         files = pipelines.needed_files(self.source, self.names, self.variants)
         self.source.fetch(files.values())
         check_disk(work, files, self.source, self._packed_bytes())
-        self.folder = work / "pipeline"
+        self.folder = work / PIPELINE
         place_files(self.folder, files, self.source)
         self.pictures = self._look_at_use()
         recorded = self._record() if self.args.avg_bits is not None else {}
@@ -242,7 +254,7 @@ class Job:
         configuration = self._configuration(name, model, kept, steps)
         bits, words = model.avg_bits(configuration), Counter(configuration.values())
         weights = sum(slot.shape.numel() for slot in model.slots.values())
-        model.pack(configuration).save_pretrained(self.folder / name)
+        save_denoiser(model.pack(configuration), self.folder / name)
         del denoiser, model
         return_free_memory()
         packed_bytes = weight_file_bytes(self.folder / name)
@@ -280,14 +292,14 @@ class Job:
             return []
         rows, settings = [], f"{self.wanted.settings} {self.dtype} {self.compute_dtype} {self.device.type}"
         if not self.args.no_compare:
-            before = work / "before"
+            before = work / BEFORE
             pipeline = None if all_there(before, self.args.n_imgs, settings) else self._float_pipeline()
             paths = draw_missing(pipeline, self.wanted, before, "before", settings)
             rows.append((f"{base_name(self.source)}, {self.bits} bits", paths))
             del pipeline
             return_free_memory()
-        shutil.rmtree(work / "after", ignore_errors=True)
-        paths = draw_missing(self._placed(self._load({})), self.wanted, work / "after", "after", settings)
+        shutil.rmtree(work / AFTER, ignore_errors=True)
+        paths = draw_missing(self._placed(self._load({})), self.wanted, work / AFTER, "after", settings)
         bits = ", ".join(f"{each.avg_bits:.2f}" for each in packed)
         return [*rows, (f"quantized, {bits} bits", paths)]
 
