@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -305,7 +306,8 @@ class Job:
 
     def _how(self, packed):
         """Lines on how the pipeline was made, for its card."""
-        chosen = self.args.config or f"at most {self.args.avg_bits:g} average bits, by the denoiser's own sensitivities"
+        chosen = self.args.config and without_folder(self.args.config)
+        chosen = chosen or f"at most {self.args.avg_bits:g} average bits, by the denoiser's own sensitivities"
         lines = [f"base model: {base_name(self.source)}", f"configuration: {chosen}", f"command: `{self._command()}`"]
         if self.pictures:
             told = ", ".join(f"{key} {value}" for key, value in json.loads(self.wanted.settings).items() if value)
@@ -315,12 +317,18 @@ class Job:
     def _command(self):
         """The command line, folders told by their names."""
         own = {self.args.model_id: base_name(self.source), str(self.args.output): self.args.output.resolve().name}
-        return shlex.join(["python", "scripts/quantize.py", *(own.get(word, word) for word in sys.argv[1:])])
+        return shlex.join(["python", "scripts/quantize.py", *(own.get(word, without_folder(word)) for word in sys.argv[1:])])
 
     def _tell(self, packed, rows):
         before, after = (sum(sizes) for sizes in zip(*((p.float_bytes, p.packed_bytes) for p in packed), strict=True))
         sheet = f"; contact sheet: {self.args.output / SHEET}" if rows else ""
         say(f"{self.args.output}: denoisers {before:,} -> {after:,} bytes{sheet}")
+
+
+def without_folder(word):
+    """A word of the command line, a file in it by its name alone: whole paths are the owner's own matter."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).name if Path(value).is_absolute() else value}"
 
 
 def say(text):

@@ -173,6 +173,12 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(zoo_folder, tmp_path, flag
     assert not list(tmp_path.iterdir())
 
 
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    code, printed = quantize("--model_id", tmp_path / "model.safetensors", "--output", tmp_path / "out")
+    assert code == 2 and "from_single_file" in printed and printed.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_an_output_is_replaced_only_if_asked_for_and_a_pipeline(packed, zoo_folder, tmp_path):
     flags = ("--model_id", zoo_folder("flux"), *FLUX, "--output")
     out = tmp_path / "out"
@@ -438,6 +444,19 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_packed_without_images(tmp_p
     code, printed = quantize(*flags, "--config", "uniform:mse-4")
     assert code == 0 and "no pictures" in printed and not (tmp_path / "out" / "contact_sheet.png").exists(), printed
     assert "contact_sheet" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_pipeline_that_needs_a_picture_is_given_one(tmp_path):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "red.png")
+    flags = ("--model_id", EMBEDDED_FOLDER / "sdxl_refiner", "--config", "uniform:mse-4", "--n_imgs", 1, "--steps", 4)
+    code, printed = quantize(*flags, "--output", tmp_path / "out", "--call", f"image={tmp_path / 'red.png'}")
+    assert code == 0 and "contact sheet" in printed, printed
+    shown = cell(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB"), 0)
+    assert shown[..., 0].mean() > shown[..., 1].mean() + 30  # it begins at the picture
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "image=red.png" in card and str(tmp_path) not in card
+    code, printed = quantize(*flags, "--output", tmp_path / "other", "--call", "image=nowhere.png")
+    assert code == 2 and "--call image=nowhere.png: cannot be read as a picture" in printed
 
 
 def test_a_hub_id_is_read_from_the_cache(zoo_folder, tmp_path, monkeypatch):
