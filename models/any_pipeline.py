@@ -30,6 +30,9 @@ FRAMES = 9  # of a video, where its first is all that is looked at: a number tha
 
 def open_pipeline(model_id):
     """The Repository of a pipeline in diffusers' format, a folder or Hub id; InputError by the reason for anything else."""
+    if Path(model_id).is_file():
+        how = "read it by from_single_file of its pipeline's class in diffusers, and save_pretrained it to one"
+        raise InputError(f"{model_id}: is a single file, where a pipeline's folder is needed; {how}")
     source = open_repository(model_id)
     if INDEX not in source.names:
         raise InputError(f"{model_id}: has no {INDEX}; give the folder or Hub id of a whole pipeline in diffusers format")

@@ -6,6 +6,8 @@ no drift. A weight that is at full precision is its own original; while it is no
 once, whatever device the weight is on. Where no method is going to be changed, no original is kept.
 """
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,13 +29,13 @@ class WeightPart:
     def set_method(self, name, parameters=None):
         """Put the weight under the method `name`; None puts the float weight back."""
         with at_home(self.layer):
-            original, weight = self.original, self.slot.part_of(self.layer.weight)
+            original = self.original
             if name is None:
-                weight.copy_(original)
+                self.slot.part_of(self.layer.weight).copy_(original)
             else:
                 quantized = quantizer(name).apply(original, on_device(original.device, parameters))
                 self.layer.keep_original()
-                weight.copy_(quantized)
+                self.slot.part_of(self.layer.own_weight()).copy_(quantized)
             self.method = name
             self.layer.drop_original()
 
@@ -70,8 +72,15 @@ class ExchangeableLayer:
         self.register_parameter("bias", layer.bias)
         self.train(layer.training)
         self.precision, self.keeps_original = precision, keep_originals
-        self.original, self.parts, self.act_bits = None, [], None
+        self.original, self.parts, self.act_bits, self.shares_weight = None, [], None, False
         put_hook(self, hook)
+
+    def own_weight(self):
+        """The weight, to be written to: from now on apart from the same one of other modules, which stay as they are."""
+        if self.shares_weight:
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+            self.shares_weight = False
+        return self.weight
 
     @property
     def is_float(self):
@@ -172,14 +181,25 @@ def install(module, slots, precision, keep_originals=True):
     another order, so a packed layer, whose weight is decoded and needs none, would round differently.
     """
     module.requires_grad_(False)
-    parts, made, places = {}, set(), module_places(module)
+    parts, made, places, owners = {}, set(), module_places(module), _owners(module)
     for slot in slots.values():
         layer = module.get_submodule(slot.module_path)
         if not isinstance(layer, ExchangeableLayer):
             old, layer = layer, exchangeable_form(layer, precision, keep_originals)
             replace_module(places[id(old)], layer)
+            layer.shares_weight = owners[_memory(layer.weight)] > 1
             made.add(slot.module_path)
         if slot.module_path in made:
             layer.parts.append(WeightPart(layer, slot))
         parts |= {part.slot.key: part for part in layer.parts}
     return parts
+
+
+def _owners(module):
+    """{memory of a parameter: number of modules that have it}."""
+    return Counter(_memory(each) for part in module.modules() for each in part._parameters.values() if each is not None)
+
+
+def _memory(parameter):
+    """What parameters have in common that are one: their memory, or themselves where they wait elsewhere or are empty."""
+    return id(parameter) if parameter.is_meta or not parameter.numel() else parameter.data_ptr()

@@ -36,7 +36,7 @@ def atomic_write(path):
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as reason:
-        refused = _system_error(reason, temporary)
+        refused = system_error(reason, temporary)
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if refused is None:
@@ -67,8 +67,8 @@ def _unwritten(path, reason):
     return f"{path}: cannot be written ({system_reason(reason)})"
 
 
-def _system_error(reason, temporary):
-    """The OSError that writing `temporary` failed by; None if it is something else that went wrong.
+def system_error(reason, temporary):
+    """The OSError that writing `temporary`, a file to be thrown away, failed by; None if something else went wrong.
 
     Libraries put their own errors in the place of the system's, so a bit more is written to hear it again.
     """

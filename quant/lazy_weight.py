@@ -106,4 +106,4 @@ def read_only():
 
 @functools.cache
 def _warn_of_growth():
-    log.warning("packed weights are joined into a float one (as fuse_qkv_projections does): the model grows by it")
+    log.warning("packed weights are joined into a float one (as by fusing projections): what holds it grows by that")

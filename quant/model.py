@@ -17,8 +17,10 @@ from errors import InputError
 from quant import config
 from quant.entries import fit_entry
 from quant.exchangeable import install
+from quant.joined import is_fused
 from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
+from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
 from quant.registry import SEARCH_SPACE
 from quant.slots import ANY_MODULE, SlotRules, find_slots, free_keys
@@ -57,6 +59,8 @@ class QuantizedModel:
     def _set(self, module, slots, dtype, entries):
         if not slots:
             raise InputError(f"{type(module).__name__}: has no Linear or convolution whose weight could be quantized")
+        if isinstance(module, ModelMixin):
+            _refuse_fused(module, slots)
         self.module, self.slots, self.entries = module, slots, entries
         first = module.get_submodule(next(iter(slots.values())).module_path)
         self.dtype = dtype or first.weight.dtype
@@ -168,6 +172,7 @@ class QuantizedModel:
         share(self.module, ties)
         if isinstance(self.module, ModelMixin):
             attach(self.module, ties, precision_bits=self.precision_bits)
+        refuse_saving_unread(self.module)
         return_free_memory()
         return self.module
 
@@ -190,6 +195,14 @@ class QuantizedModel:
     def _bar(self, items, description, show, total=None):
         options = {"unit": "weight", "leave": False, "delay": SHOWN_AFTER_SECONDS, "disable": not show}
         return tqdm(items, desc=description, total=total, **options)
+
+
+def _refuse_fused(denoiser, slots):
+    """InputError for a layer that diffusers made of others: a saved model names it, and a new one does not have it."""
+    names = denoiser.state_dict().keys()
+    fused = next((slot.module_path for slot in slots.values() if is_fused(slot.module_path, names)), None)
+    if fused:
+        raise InputError(f"{fused}: is made of other layers by fuse_qkv_projections; unfuse them, or load the model again")
 
 
 def _drained(items):

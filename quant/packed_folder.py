@@ -7,6 +7,7 @@ A folder has `model.safetensors`, the module's state dictionary with each tensor
      dtypes: {module path: precision that the packed layer says its weight has}}
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def save_packed(module, folder):
     with atomic_write(Path(folder) / TENSORS) as file:
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     save_text(json.dumps(told, indent=2, sort_keys=True) + "\n", Path(folder) / CONFIGURATION)
+
+
+def refuse_saving_unread(module):
+    """Let no model in `module` save its packed weights by a `save_pretrained` whose files nothing would read again.
+
+    Those that diffusers saves and loads packed are left alone: they have an `hf_quantizer` (see quant/pretrained.py).
+    transformers would fill the weights that it misses at random.
+    """
+    for each in module.modules():
+        if hasattr(type(each), "save_pretrained") and not hasattr(each, "hf_quantizer") and any(packed_layers(each)):
+            each.save_pretrained = functools.partial(_refuse_saving, type(each).__name__)
+
+
+def _refuse_saving(name, *args, **kwargs):
+    raise InputError(
+        f"{name}: its save_pretrained knows no packed weights, and would write what cannot be loaded; use "
+        "quant.save_packed and load_packed, or pack another component"
+    )
 
 
 def _each_once(state_dict):
@@ -112,7 +131,8 @@ def _split(module, at, tensors, folder):
     """The float tensors among `tensors`; refuses what lacks, is too much or has another shape than the module's."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     for path, packed in at.items():
-        expected.pop(f"{path}.weight")
+        for name in [name for name in expected if name.startswith(f"{path}.") and name != f"{path}.bias"]:
+            del expected[name]  # the weight, or what a parametrization makes it of
         expected |= {f"{path}.{name}": None for part in packed.parts for name in part.names}
     for name in sorted(expected.keys() ^ tensors.keys()):
         how = "lacks" if name in expected else "has, beside what the module has,"

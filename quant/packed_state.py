@@ -17,7 +17,7 @@ from errors import InputError
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
 from quant.offload import put_hook, take_hook
 from quant.registry import quantizer
-from quant.slots import is_weight_layer
+from quant.slots import check_weight, is_weight_layer
 
 TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ZERO_DTYPES = (torch.int8, torch.int16, torch.int32)
@@ -89,6 +89,7 @@ def _float_layer(model, path):
         raise InputError(f"quantization_config: {_shown(path)} is not in a {type(model).__name__}") from None
     if isinstance(layer, PackedLayer) or not is_weight_layer(layer):
         raise InputError(f"quantization_config: {_shown(path)} is a {type(layer).__name__}, which is not to be packed")
+    check_weight(path, layer)
     return layer
 
 

@@ -26,6 +26,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from errors import InputError
+from quant.guard import refuse_unasked
+from quant.joined import is_fused, join_instead_of_fusing
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
 from quant.packed_state import (
     check_tables,
@@ -43,8 +45,6 @@ from quant.registry import quantizer
 from quant.slots import is_weight_layer
 
 VERSION = 1
-# Layers that `fuse_qkv_projections` makes of others, beside those.
-FUSED = re.compile(r"(.*\.)(to_qkv|to_kv|to_added_qkv)\.(weight|bias)")
 
 
 class QuantMethod(enum.StrEnum):  # diffusers asks for `.value`, JSON for a string
@@ -108,6 +108,10 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         return 2 if self.pre_quantized else 8
 
     def validate_environment(self, device_map=None, **kwargs):
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise InputError(
+                "device_map: says disk, where packed layers cannot wait; say cpu: there they are mapped from their file"
+            )
         self.device_map = device_map
 
     def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
@@ -190,7 +194,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         """Whatever an index of files has promised; a device map may keep weights elsewhere for now."""
         devices = {str(device) for device in (self.device_map or {}).values()}
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-        if empty and len(devices - {"disk"}) == len(devices) <= 1:
+        if empty and len(devices) <= 1:
             raise InputError(f"{empty}: is not in the files; get the whole folder")
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
@@ -205,7 +209,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
                 raise InputError(f"{path}: its weights are offloaded; take the offloading off before saving")
         tied = tuple(f"{path}." for path in ties)
         kept = {name: v for name, v in state_dict.items() if not (name.startswith(tied) and is_packed_name(name))}
-        return {name: value for name, value in kept.items() if not _is_fused(name, kept)}, {}
+        return {name: value for name, value in kept.items() if not is_fused(name.rpartition(".")[0], kept)}, {}
 
     def _dequantize(self, model):
         dequantize(model)
@@ -224,9 +228,13 @@ def _are_on_disk(model):
     return False
 
 
-def _is_fused(name, state_dict):
-    made = FUSED.fullmatch(name)
-    return made is not None and any(f"{made[1]}to_k.{leaf}" in state_dict for leaf in ("codes", "weight"))
+def _refuse_shared_on_disk(model, _inputs):
+    """diffusers writes each group of layers to the disk in turn, and what a later one shares has been let go by then."""
+    if _are_on_disk(model):
+        raise InputError(
+            f"{type(model).__name__}: layers of it share weights, which diffusers loses on their way to the disk; "
+            "load it again, and offload it without offload_to_disk_path"
+        )
 
 
 def _completed(configuration, model):
@@ -241,7 +249,10 @@ def _completed(configuration, model):
 
 
 def register():
-    """Enter the quantizer in diffusers' tables, and the configuration in transformers', which pipelines ask too."""
+    """Enter the quantizer in diffusers' tables, and the configuration in transformers', which pipelines ask too.
+
+    Called once, by `import quant`.
+    """
     for table, entry in (
         ("AUTO_QUANTIZER_MAPPING", Qua2SeDiMoQuantizer),
         ("AUTO_QUANTIZATION_CONFIG_MAPPING", Qua2SeDiMoConfig),
@@ -252,6 +263,7 @@ def register():
     from transformers.quantizers import auto as transformers_auto
 
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.QUA2SEDIMO.value, Qua2SeDiMoConfig)
+    refuse_unasked(Qua2SeDiMoQuantizer)
 
 
 def attach(model, ties, precision_bits, **notes):
@@ -269,9 +281,12 @@ def replace_by_empty(model, configuration):
 
 
 def finish(model, configuration):
-    """Give a packed model what it has beside its layers: configuration, no gradients, a state dictionary for PEFT."""
+    """Give a packed model what it has beside its layers: configuration, no gradients, what diffusers and PEFT ask of it."""
     model.requires_grad_(False)
     model.register_to_config(quantization_config=configuration)
+    join_instead_of_fusing(model)
+    if configuration.ties and _refuse_shared_on_disk not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_shared_on_disk)
     if _with_lazy_weights not in getattr(model, "_state_dict_hooks", {}).values():
         model._register_state_dict_hook(_with_lazy_weights)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from errors import InputError
+
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -73,6 +75,7 @@ def find_slots(module, rules=ANY_MODULE):
     names = rules.key_names(module)
     slots = {}
     for path, layer in weight_layers(module, rules):
+        check_weight(path, layer)
         for part, inputs in enumerate(_parts(module, path, layer, rules)):
             key, tie = (key_of(names.get(p, p), part) for p in (path, rules.shared_path(path)))
             shape = torch.Size(_part_shape(layer.weight.shape, inputs))
@@ -94,6 +97,18 @@ def is_weight_layer(module):
     """
     kind = next((kind for kind in WEIGHT_LAYERS if isinstance(module, kind)), None)
     return kind is not None and (type(module).forward is kind.forward or hasattr(module, "act_bits"))
+
+
+def check_weight(path, layer):
+    """InputError for a weight layer whose weight is not there yet, or that a hook replaces before every call."""
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        raise InputError(f"{path}: has no weight yet; call the module once")
+    computed = [name for name in layer._parameters if name.startswith("weight_")]
+    if "weight" not in layer._parameters and computed:
+        raise InputError(
+            f"{path}: a hook makes its weight of {' and '.join(computed)} at every call (weight_norm, pruning); make it "
+            "a plain one (remove_weight_norm, prune.remove), or leave it out"
+        )
 
 
 def free_keys(slots):

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -28,13 +29,25 @@ from stages import quantize_choice as choice
 from stages.common import PRECISIONS
 from stages.library_notes import Once, library_notes
 from stages.quantize_card import Packed, base_name, write_card
-from stages.quantize_files import check_disk, check_output, make_work_folder, place_files, publish, weight_file_bytes
+from stages.quantize_files import (
+    AFTER,
+    BEFORE,
+    FITS,
+    PIPELINE,
+    check_disk,
+    check_output,
+    make_work_folder,
+    place_files,
+    publish,
+    save_denoiser,
+    weight_file_bytes,
+)
 from stages.quantize_flags import parse_args
 from stages.quantize_images import Wanted, all_there, draw_missing, prompts_of, sheet_of
 from stages.quantize_weights import Left, kept_in_float, matching, rules_of, slots_without, use_of_weights, with_true_ties
 from stages.run_folder import only_run_in
 
-SHEET, FITS = "contact_sheet.png", "fits.pt"
+SHEET = "contact_sheet.png"
 
 
 def main():
@@ -138,7 +151,7 @@ class Job:
         files = pipelines.needed_files(self.source, self.names, self.variants)
         self.source.fetch(files.values())
         check_disk(work, files, self.source, self._packed_bytes())
-        self.folder = work / "pipeline"
+        self.folder = work / PIPELINE
         place_files(self.folder, files, self.source)
         self.pictures = self._look_at_use()
         recorded = self._record() if self.args.avg_bits is not None else {}
@@ -242,7 +255,7 @@ class Job:
         configuration = self._configuration(name, model, kept, steps)
         bits, words = model.avg_bits(configuration), Counter(configuration.values())
         weights = sum(slot.shape.numel() for slot in model.slots.values())
-        model.pack(configuration).save_pretrained(self.folder / name)
+        save_denoiser(model.pack(configuration), self.folder / name)
         del denoiser, model
         return_free_memory()
         packed_bytes = weight_file_bytes(self.folder / name)
@@ -280,20 +293,21 @@ class Job:
             return []
         rows, settings = [], f"{self.wanted.settings} {self.dtype} {self.compute_dtype} {self.device.type}"
         if not self.args.no_compare:
-            before = work / "before"
+            before = work / BEFORE
             pipeline = None if all_there(before, self.args.n_imgs, settings) else self._float_pipeline()
             paths = draw_missing(pipeline, self.wanted, before, "before", settings)
             rows.append((f"{base_name(self.source)}, {self.bits} bits", paths))
             del pipeline
             return_free_memory()
-        shutil.rmtree(work / "after", ignore_errors=True)
-        paths = draw_missing(self._placed(self._load({})), self.wanted, work / "after", "after", settings)
+        shutil.rmtree(work / AFTER, ignore_errors=True)
+        paths = draw_missing(self._placed(self._load({})), self.wanted, work / AFTER, "after", settings)
         bits = ", ".join(f"{each.avg_bits:.2f}" for each in packed)
         return [*rows, (f"quantized, {bits} bits", paths)]
 
     def _how(self, packed):
         """Lines on how the pipeline was made, for its card."""
-        chosen = self.args.config or f"at most {self.args.avg_bits:g} average bits, by the denoiser's own sensitivities"
+        chosen = self.args.config and without_folder(self.args.config)
+        chosen = chosen or f"at most {self.args.avg_bits:g} average bits, by the denoiser's own sensitivities"
         lines = [f"base model: {base_name(self.source)}", f"configuration: {chosen}", f"command: `{self._command()}`"]
         if self.pictures:
             told = ", ".join(f"{key} {value}" for key, value in json.loads(self.wanted.settings).items() if value)
@@ -303,12 +317,18 @@ class Job:
     def _command(self):
         """The command line, folders told by their names."""
         own = {self.args.model_id: base_name(self.source), str(self.args.output): self.args.output.resolve().name}
-        return shlex.join(["python", "scripts/quantize.py", *(own.get(word, word) for word in sys.argv[1:])])
+        return shlex.join(["python", "scripts/quantize.py", *(own.get(word, without_folder(word)) for word in sys.argv[1:])])
 
     def _tell(self, packed, rows):
         before, after = (sum(sizes) for sizes in zip(*((p.float_bytes, p.packed_bytes) for p in packed), strict=True))
         sheet = f"; contact sheet: {self.args.output / SHEET}" if rows else ""
         say(f"{self.args.output}: denoisers {before:,} -> {after:,} bytes{sheet}")
+
+
+def without_folder(word):
+    """A word of the command line, a file in it by its name alone: whole paths are the owner's own matter."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).name if Path(value).is_absolute() else value}"
 
 
 def say(text):

@@ -9,11 +9,15 @@ from pathlib import Path
 from errors import InputError, system_reason
 from models.any_pipeline import plain_name
 from models.repository import INDEX
+from quant.files import TEMPORARY, system_error
 from stages.labelling.forecast import as_size
+from stages.run_lock import LOCK, PID
 
 LINKED_BYTES = 2**20  # smaller files, which people edit, are copied: a change would reach the other place, too
 MARGIN = 1.05  # of the disk that is reckoned, for headers and pictures
 PARTIAL = ".partial"
+FITS, PIPELINE, BEFORE, AFTER, REPLACED = "fits.pt", "pipeline", "before", "after", "replaced"  # in the work folder
+OWN = {FITS, PIPELINE, BEFORE, AFTER, REPLACED, LOCK, PID}
 
 
 def check_output(output, model_id, overwrite):
@@ -30,12 +34,18 @@ def check_output(output, model_id, overwrite):
 
 
 def make_work_folder(output):
-    """The folder beside `output` in which it is made, and in which a run that was cut off finds what it has."""
+    """The folder beside `output` in which it is made, and in which a run that was cut off finds what it has.
+
+    InputError if it cannot be made, or holds what no run has put there: it goes when the output is made.
+    """
     folder = output.with_name(f"{output.name}{PARTIAL}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise InputError(f"{folder}: cannot be made ({system_reason(reason)})") from None
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN and not path.name.startswith("."))
+    if foreign:
+        raise InputError(f"{folder}: is needed to make --output in, and holds {foreign[0]}; move it away, or name another")
     return folder
 
 
@@ -92,15 +102,27 @@ def _write_index(path, target, origin):
     target.write_text(json.dumps(index), encoding="utf-8")
 
 
+def save_denoiser(module, folder):
+    """Save a packed denoiser; InputError if the disk is full or the like."""
+    try:
+        module.save_pretrained(folder)
+    except Exception as reason:  # safetensors has one of its own
+        refused = system_error(reason, folder / f".probe{TEMPORARY}")
+        if refused is None:
+            raise
+        way_on = "the same command goes on from what it has"
+        raise InputError(f"{folder}: cannot be written ({system_reason(refused)}); {way_on}") from reason
+
+
 def publish(folder, output):
-    """Give the finished `folder` the name `output`, everything in it on the disk; what was there goes after."""
+    """Give the finished `folder` the name `output`, everything in it on the disk; what was there is put aside before."""
     for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
-    old = output.with_name(f"{output.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    old = folder.with_name(REPLACED)
     try:
         if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(output, old)
         os.replace(folder, output)
     except OSError as reason:
@@ -108,7 +130,6 @@ def publish(folder, output):
             os.replace(old, output)
         raise InputError(f"{output}: cannot be written ({system_reason(reason)}); it is whole in {folder}") from None
     _sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path):

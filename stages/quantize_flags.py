@@ -80,7 +80,8 @@ def _add_pictures(parser):
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="more arguments of the pipeline's call, such as guidance_scale=3.5 num_frames=17",
+        help="more arguments of the pipeline's call, such as guidance_scale=3.5 num_frames=17; a picture by its file, as in "
+        "image=photo.png mask_image=mask.png",
     )
     parser.add_argument("--seed", type=seed, default=42, help="seed of everything random")
     parser.add_argument("--no_compare", action="store_true", help="leave out the full-precision images")

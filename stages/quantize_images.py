@@ -1,13 +1,16 @@
 """The pictures before and after that quantize.py draws: one at a time, from noise that depends on their number alone."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, first_line
 from evaluation.contact_sheet import contact_sheet
 from models.any_pipeline import call_arguments, takes_words, without_bars
 from models.drawing import noise_generators
@@ -15,6 +18,7 @@ from quant.files import save_png, save_text
 from stages.pictures import is_whole
 
 SETTINGS = "settings.json"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def prompts_of(found_class, chosen, count, classes):
@@ -34,16 +38,27 @@ def prompts_of(found_class, chosen, count, classes):
     return [numbers[index % len(numbers)] for index in range(count)]
 
 
+def opened(name, value):
+    """The value of the argument `name` of --call: a picture where it is the name of a picture's file."""
+    if not isinstance(value, str) or Path(value).suffix.lower() not in PICTURES:
+        return value
+    try:
+        return Image.open(value).convert("RGB")
+    except (OSError, ValueError) as reason:
+        raise InputError(f"--call {name}={value}: cannot be read as a picture ({first_line(reason)})") from None
+
+
 class Wanted:
     """What is drawn: prompts, and how the pipeline is called for each."""
 
     def __init__(self, found_class, prompts, args):
         self.found_class, self.prompts, self.args = found_class, prompts, args
+        self.more = {name: opened(name, value) for name, value in args.call}
 
     def call(self, number, **changes):
         """Arguments of the pipeline's call for a picture."""
         args = self.args
-        more = dict(args.call) | changes
+        more = self.more | changes
         call = call_arguments(self.found_class, self.prompts[number], args.steps, args.res, more)
         return call | {"generator": noise_generators(args.seed, [number])}
 
@@ -51,8 +66,16 @@ class Wanted:
     def settings(self):
         """What a picture depends on beside the weights, as JSON."""
         args = self.args
-        told = {"prompts": self.prompts, "steps": args.steps, "res": args.res, "seed": args.seed, "call": dict(args.call)}
+        told = {"prompts": self.prompts, "steps": args.steps, "res": args.res, "seed": args.seed, "call": self._call_told()}
         return json.dumps(told, sort_keys=True)
+
+    def _call_told(self):
+        """The arguments of --call {name: value}, pictures by their contents."""
+        return {name: fingerprint(value) if isinstance(value, Image.Image) else value for name, value in self.more.items()}
+
+
+def fingerprint(picture):
+    return f"picture {hashlib.sha256(picture.tobytes()).hexdigest()[:8]}"
 
 
 def draw_missing(pipeline, wanted, folder, title, settings):

@@ -174,6 +174,16 @@ def script(name, *flags):
     return [sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
 
 
+@pytest.fixture
+def small_files():
+    """Files grow to 64 KB and no further, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def run_here(name, *flags):
     """Run a script in this process, which saves the seconds of its imports; returns (exit code, printed text)."""
     printed, code = io.StringIO(), 0

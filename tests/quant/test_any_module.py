@@ -3,12 +3,15 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_models import change_tensors
+from packed_models import build, change_tensors
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
+from zoo import ZOO
 
 from errors import InputError
 from quant import QuantizedModel, load_packed, save_packed
@@ -152,6 +155,85 @@ def test_the_precision_that_it_computes_in_is_kept(tmp_path):
     save_packed(module, tmp_path)
     loaded = load_packed(nn.Sequential(nn.Linear(8, 8)), tmp_path)
     assert loaded[0].weight.dtype == loaded[0].bias.dtype == loaded[0].table.dtype == torch.bfloat16
+
+
+class Tied(nn.Module):
+    """Layers, and an embedding, that have one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 16)
+        self.first, self.second, self.out = (nn.Linear(16, 16) for _ in range(3))
+        self.second.weight = self.first.weight
+        self.out.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.out(self.second(F.gelu(self.first(self.embedding(tokens)))))
+
+
+def test_a_weight_that_modules_share_is_quantized_for_each_alone():
+    torch.manual_seed(0)
+    module = Tied().eval()
+    before, embedding = run(module), module.embedding.weight.clone()
+    model = QuantizedModel(module)
+    model.apply({"first": "mse-2", "second": "kmeans-4", "out": "mse-3"})
+    applied = run(module)
+    assert torch.equal(module.embedding.weight, embedding)
+    model.restore()
+    assert torch.equal(run(module), before)
+    model.pack({"first": "mse-2", "second": "kmeans-4", "out": "mse-3"}, show=False)
+    assert torch.equal(run(module), applied) and not torch.equal(applied, before)
+
+
+PARAMETRIZED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("parametrize", PARAMETRIZED.values(), ids=PARAMETRIZED)
+def test_a_parametrized_weight_is_packed_as_it_is(parametrize, tmp_path):
+    def made(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(parametrize(nn.Linear(16, 16)), nn.Linear(16, 8)).eval()
+
+    module, input = made(0), torch.randn(3, 16)
+    with torch.no_grad():
+        floats = module(input)
+        QuantizedModel(module).pack("kmeans-8", show=False)
+        torch.testing.assert_close(module(input), floats, rtol=1e-4, atol=1e-4)
+        save_packed(module, tmp_path)
+        assert torch.equal(load_packed(made(1), tmp_path)(input), module(input))
+
+
+def test_weights_that_are_made_at_every_call_or_not_yet_are_told():
+    pruned = nn.Sequential(prune.random_unstructured(nn.Linear(8, 8), "weight", 0.5))
+    with pytest.raises(InputError, match=r"^0: a hook makes its weight of weight_orig"):
+        QuantizedModel(pruned)
+    with pytest.raises(InputError, match=r"^0: has no weight yet"):
+        QuantizedModel(nn.Sequential(nn.LazyLinear(8)))
+
+
+def test_what_other_libraries_would_save_and_not_read_is_not_saved(tmp_path):
+    """transformers fills the weights that it misses at random."""
+    entry = ZOO["pixart"]
+    pipeline = entry.build_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    QuantizedModel(pipeline.text_encoder).pack("mse-4", show=False)
+    drawn = entry.draw(pipeline)
+    for each in (pipeline, copy.deepcopy(pipeline.text_encoder)):
+        with pytest.raises(InputError, match="T5EncoderModel: its save_pretrained"):
+            each.save_pretrained(tmp_path)
+    save_packed(pipeline.text_encoder, tmp_path / "packed")
+    other = entry.build_pipeline()
+    other.set_progress_bar_config(disable=True)
+    load_packed(other.text_encoder, tmp_path / "packed")
+    assert np.array_equal(entry.draw(other), drawn)
+    denoiser = build("pixart")
+    QuantizedModel(nn.ModuleDict({"denoiser": denoiser})).pack("mse-4", show=False)
+    with pytest.raises(InputError, match="PixArtTransformer2DModel: its save_pretrained"):
+        denoiser.save_pretrained(tmp_path)
 
 
 def test_a_float_module_and_an_offloaded_one_are_not_saved(tmp_path):

@@ -7,11 +7,12 @@ import struct
 
 import pytest
 import torch
-from diffusers import AutoModel
+from diffusers import AutoModel, FluxTransformer2DModel
 from packed_models import change_tensors, packed, predict
 from safetensors.torch import load_file
 
 from errors import InputError
+from quant import Qua2SeDiMoConfig
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 LAYER = "transformer_blocks.0.attn1.to_q"
@@ -100,6 +101,27 @@ def test_a_quantization_that_is_not_ours_is_refused_by_diffusers(told, tmp_path)
     change_told(tmp_path, lambda _: told or {"a": 1})
     with pytest.raises((ValueError, AttributeError, TypeError)):
         AutoModel.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}, {"device_map": "cpu"}], ids=str)
+@pytest.mark.parametrize("name", ["pixart", "tiny_dit"])
+def test_a_quantization_that_is_not_told_at_all(name, options, tmp_path):
+    """diffusers then asks no quantizer, warns, and goes on with weights that hold nothing."""
+    for in_shards, told in ((False, None), (True, "absent")):
+        packed(name)[0].save_pretrained(tmp_path / str(in_shards), max_shard_size=4000 if in_shards else "1GB")
+        path = tmp_path / str(in_shards) / CONFIG
+        settings = json.loads(path.read_text()) | {"quantization_config": told}
+        path.write_text(json.dumps({key: value for key, value in settings.items() if value != "absent"}))
+        with pytest.raises(InputError, match=r"weights are packed, and its config\.json does not say so"):
+            AutoModel.from_pretrained(str(path.parent), **options)
+
+
+def test_a_single_file_is_refused(tmp_path):
+    """diffusers makes of it names of its own, or asks no quantizer."""
+    saved("flux", tmp_path)
+    for options in ({}, {"low_cpu_mem_usage": False}, {"quantization_config": Qua2SeDiMoConfig("mse-4")}):
+        with pytest.raises(InputError, match=f"{WEIGHTS}: its weights are packed"):
+            FluxTransformer2DModel.from_single_file(str(tmp_path / WEIGHTS), config=str(tmp_path), **options)
 
 
 def test_a_configuration_of_another_model(tmp_path):

@@ -73,16 +73,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
-def small_files():
-    """Files grow to 64 KB and no further, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 BIG = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
 WRITERS = {
     "plain": lambda file: file.write(BIG.tobytes()),

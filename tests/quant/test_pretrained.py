@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
+from hub_layouts.hub import hub_cache, use_cache
 from packed_models import NAMES, OTHERS, build, inputs, packed, predict
 from safetensors import safe_open
 from zoo import ZOO
@@ -284,6 +285,44 @@ def test_a_single_file_is_quantized_on_loading(tmp_path):
     arguments = inputs("flux", denoiser)
     expected = QuantizedModel(denoiser).pack("mse-4", show=False)
     assert torch.equal(predict(loaded, arguments), predict(expected, arguments))
+
+
+WAYS = {
+    "variant": ({"variant": "fp16"}, {"variant": "fp16"}),
+    "variant in shards": ({"variant": "fp16", "max_shard_size": 4000}, {"variant": "fp16"}),
+    "pickled": ({"safe_serialization": False}, {"use_safetensors": False}),
+    "pickled, found": ({"safe_serialization": False}, {}),
+    "device map": ({}, {"device_map": "cpu"}),
+    "device map found": ({}, {"device_map": "auto"}),
+    "not mapped": ({}, {"disable_mmap": True}),
+}
+
+
+@pytest.mark.parametrize(("saving", "loading"), WAYS.values(), ids=WAYS)
+def test_it_is_saved_and_loaded_in_every_way_of_diffusers(saving, loading, tmp_path):
+    denoiser, arguments, output = packed("flux")
+    denoiser.save_pretrained(tmp_path / "part", **saving)
+    loaded = AutoModel.from_pretrained(str(tmp_path), subfolder="part", **loading)
+    assert loaded.is_quantized and torch.equal(predict(loaded, arguments), output)
+
+
+def test_it_is_loaded_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """By its id, through links, without a network; in shards, of which the index is in the cache, too."""
+    denoiser, arguments, output = packed("flux")
+    denoiser.save_pretrained(tmp_path / "saved" / "transformer", max_shard_size=4000)
+    use_cache(monkeypatch, tmp_path / "home")
+    hub_cache(tmp_path / "home", "someone/packed", tmp_path / "saved")
+    loaded = AutoModel.from_pretrained("someone/packed", subfolder="transformer", local_files_only=True)
+    assert torch.equal(predict(loaded, arguments), output)
+
+
+@pytest.mark.parametrize("told", [None, Qua2SeDiMoConfig("mse-4")], ids=["packed", "float"])
+def test_a_device_map_that_says_disk_is_refused(told, tmp_path):
+    (build("flux") if told else packed("flux")[0]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="device_map: says disk"):
+        AutoModel.from_pretrained(
+            str(tmp_path), device_map={"": "cpu", "proj_out": "disk"}, offload_folder=str(tmp_path), quantization_config=told
+        )
 
 
 def test_no_method_and_no_weight_to_quantize_are_told(tmp_path):

@@ -19,9 +19,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from zoo import ZOO
 
-import quant  # noqa: F401 (loads packed models)
+from errors import InputError
 from models import any_pipeline
 from models.pipelines import EMBEDDED_FOLDER
+from quant import QuantizedModel
 from quant.layers import packed_layers
 from quant.registry import SEARCH_SPACE
 from quant.slots import ANY_MODULE, weight_layers
@@ -172,6 +173,12 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(zoo_folder, tmp_path, flag
     assert not list(tmp_path.iterdir())
 
 
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    code, printed = quantize("--model_id", tmp_path / "model.safetensors", "--output", tmp_path / "out")
+    assert code == 2 and "from_single_file" in printed and printed.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_an_output_is_replaced_only_if_asked_for_and_a_pipeline(packed, zoo_folder, tmp_path):
     flags = ("--model_id", zoo_folder("flux"), *FLUX, "--output")
     out = tmp_path / "out"
@@ -215,6 +222,54 @@ def test_a_full_disk_is_told_before(zoo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     code, printed = quantize("--model_id", zoo_folder("flux"), *FLUX, "--output", tmp_path / "out")
     assert code == 2 and "1.0 kB are free" in printed and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_in_the_midst(tmp_path, small_files):
+    """The library that writes the weights has an error of its own for that."""
+    with pytest.raises(InputError, match=r"transformer: cannot be written \(File too large\); the same command goes on"):
+        quantize_files.save_denoiser(ZOO["flux"].build_denoiser(), tmp_path / "transformer")
+
+
+def test_a_pipeline_is_put_aside_until_the_new_one_is_there(tmp_path, monkeypatch):
+    """Where a run is killed between the two, the old one is in its work folder, and the next run goes on."""
+    output, work, stranger = tmp_path / "out", tmp_path / "out.partial", tmp_path / "out.replaced"
+    for folder, text in ((output, "old"), (work / "pipeline", "new"), (stranger, "a stranger's")):
+        folder.mkdir(parents=True)
+        (folder / "text").write_text(text)
+    replace, killed = os.replace, []
+
+    def replace_once(*args):
+        if killed:
+            raise KeyboardInterrupt
+        killed.append(args)
+        replace(*args)
+
+    monkeypatch.setattr(quantize_files.os, "replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_files.publish(work / "pipeline", output)
+    assert not output.exists() and (work / "replaced" / "text").read_text() == "old"
+    monkeypatch.setattr(quantize_files.os, "replace", replace)
+    quantize_files.publish(quantize_files.make_work_folder(output) / "pipeline", output)
+    assert (output / "text").read_text() == "new" and (stranger / "text").read_text() == "a stranger's"
+
+
+def test_a_folder_of_someone_else_is_not_taken_to_work_in(zoo_folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "diary.txt").write_text("mine")
+    code, printed = quantize("--model_id", zoo_folder("flux"), *FLUX, "--output", tmp_path / "out")
+    assert code == 2 and "holds diary.txt" in printed and (tmp_path / "out.partial" / "diary.txt").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_packed_in_the_precision_that_is_asked_for(zoo_folder, tmp_path, dtype):
+    flags = (*FLUX, "--dtype", dtype)
+    code, printed = quantize("--model_id", zoo_folder("flux"), "--output", tmp_path / "out", *flags)
+    assert code == 0, printed
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer", dtype=getattr(torch, dtype))
+    expected = ZOO["flux"].build_denoiser().to(getattr(torch, dtype))
+    QuantizedModel(expected).pack("mse-4", show=False)
+    state = expected.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
 
 
 def test_exclude_leaves_modules_float(zoo_folder, tmp_path):
@@ -389,6 +444,19 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_packed_without_images(tmp_p
     code, printed = quantize(*flags, "--config", "uniform:mse-4")
     assert code == 0 and "no pictures" in printed and not (tmp_path / "out" / "contact_sheet.png").exists(), printed
     assert "contact_sheet" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_pipeline_that_needs_a_picture_is_given_one(tmp_path):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "red.png")
+    flags = ("--model_id", EMBEDDED_FOLDER / "sdxl_refiner", "--config", "uniform:mse-4", "--n_imgs", 1, "--steps", 4)
+    code, printed = quantize(*flags, "--output", tmp_path / "out", "--call", f"image={tmp_path / 'red.png'}")
+    assert code == 0 and "contact sheet" in printed, printed
+    shown = cell(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB"), 0)
+    assert shown[..., 0].mean() > shown[..., 1].mean() + 30  # it begins at the picture
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "image=red.png" in card and str(tmp_path) not in card
+    code, printed = quantize(*flags, "--output", tmp_path / "other", "--call", "image=nowhere.png")
+    assert code == 2 and "--call image=nowhere.png: cannot be read as a picture" in printed
 
 
 def test_a_hub_id_is_read_from_the_cache(zoo_folder, tmp_path, monkeypatch):
