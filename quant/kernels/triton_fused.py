@@ -15,7 +15,7 @@ from quant.kernels.triton_decode import decode_into, is_supported, packed_argume
 
 HALVES = (torch.float16, torch.bfloat16)
 TILES = {  # by the most rows of inputs
-    16: {"ROWS": 16, "OUTPUTS": 32, "DEPTH": 128, "num_warps": 4, "num_stages": 3},
+    16: {"ROWS": 16, "OUTPUTS": 16, "DEPTH": 256, "num_warps": 4, "num_stages": 4},  # narrow and deep: many, in few steps
     64: {"ROWS": 64, "OUTPUTS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3},
     None: {"ROWS": 128, "OUTPUTS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
 }

@@ -20,7 +20,7 @@ from quant.kernels.triton_decode import decode_int8, int8_codes, int8_form, is_s
 from quant.kernels.triton_fused import decoded, tile_for
 
 MOST_VALUES = 4096  # of a token taken at a time
-FEW = {"ROWS": 16, "OUTPUTS": 32, "DEPTH": 128, "num_warps": 4, "num_stages": 3}
+FEW = {"ROWS": 16, "OUTPUTS": 16, "DEPTH": 256, "num_warps": 4, "num_stages": 4}
 TILES = {  # by the most tokens
     64: {"ROWS": 64, "OUTPUTS": 64, "DEPTH": 128, "num_warps": 4, "num_stages": 3},
     None: {"ROWS": 128, "OUTPUTS": 128, "DEPTH": 128, "num_warps": 8, "num_stages": 3},
