@@ -15,20 +15,20 @@ CHUNK = 2**17  # groups taken together, which bounds the memory beside codes and
 
 def row_bytes(count, bits):
     """Bytes of a row of `count` codes."""
-    per_group, width = _group(bits)
+    per_group, width = group_of(bits)
     return math.ceil(count / per_group) * width
 
 
 def pack_rows(codes, bits):
     """Bytes (uint8 [C, row_bytes]) of the codes of each output channel (uint8 [C, n], each below 2^bits)."""
-    per_group, width = _group(bits)
+    per_group, width = group_of(bits)
     rows = F.pad(codes, (0, -codes.shape[1] % per_group))
     return _in_chunks(rows.reshape(-1, per_group), width, bits, 8).view(len(codes), row_bytes(codes.shape[1], bits))
 
 
 def unpack_rows(packed, bits, count):
     """The first `count` codes of each row (uint8 [C, count]) of `pack_rows`, on any device."""
-    per_group, width = _group(bits)
+    per_group, width = group_of(bits)
     return _in_chunks(packed.reshape(-1, width), per_group, 8, bits).view(len(packed), -1)[:, :count]
 
 
@@ -44,7 +44,7 @@ def _in_chunks(groups, count, bits, new_bits):
     return regrouped
 
 
-def _group(bits):
+def group_of(bits):
     """Codes per group and bytes per group."""
     per_group = 8 // math.gcd(8, bits)
     return per_group, per_group * bits // 8

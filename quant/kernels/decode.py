@@ -1,8 +1,11 @@
 """Packed codes to weights: the one decoding, an operator of PyTorch's (`torch.ops.qua2sedimo.decode`).
 
 Being an operator, it is one node of a compiled graph. On the CPU a kernel unpacks a row at a time while it is in the
-processor's cache and looks its levels up; elsewhere, and where Numba is not at hand, PyTorch's own operations do.
+processor's cache and looks its levels up; on an NVIDIA GPU one of Triton's does (quant/kernels/triton_decode.py).
+Elsewhere, and for tables of float64 there, PyTorch's own operations do.
 """
+
+import importlib.util
 
 import numpy as np
 import torch
@@ -64,6 +67,14 @@ def _decode_cpu(codes, table, zero, bits, count, group):
     return out
 
 
+def _decode_cuda(codes, table, zero, bits, count, group):
+    from quant.kernels import triton_decode
+
+    if not triton_decode.is_supported(table):
+        return _decode_anywhere(codes, table, zero, bits, count, group)
+    return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, count, group)
+
+
 @torch.library.register_fake("qua2sedimo::decode", lib=LIBRARY)
 def _decode_fake(codes, table, zero, bits, count, group):
     return table.new_empty(codes.shape[0], count)
@@ -71,6 +82,8 @@ def _decode_fake(codes, table, zero, bits, count, group):
 
 LIBRARY.impl("decode", _decode_anywhere, "CompositeExplicitAutograd")
 LIBRARY.impl("decode", _decode_cpu, "CPU")
+if importlib.util.find_spec("triton"):  # which torch brings, but not on all systems
+    LIBRARY.impl("decode", _decode_cuda, "CUDA")
 
 
 @kernel(parallel=True, nogil=True)
