@@ -8,7 +8,7 @@ import yaml
 
 from errors import InputError
 from models.inputs import prompt_argument
-from stages.labelling.forecast import as_size
+from stages.units import as_size
 
 KEPT_LINES = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the base's card
 

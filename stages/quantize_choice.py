@@ -17,7 +17,7 @@ from quant.entries import fingerprint, fit_entry
 from quant.files import atomic_write, load_checkpoint
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import free_keys
-from stages.labelling.forecast import as_time
+from stages.units import as_time
 
 SAVE_SECONDS = 20
 

@@ -10,8 +10,8 @@ from errors import InputError, system_reason
 from models.any_pipeline import plain_name
 from models.repository import INDEX
 from quant.files import TEMPORARY, system_error
-from stages.labelling.forecast import as_size
 from stages.run_lock import LOCK, PID
+from stages.units import as_size
 
 LINKED_BYTES = 2**20  # smaller files, which people edit, are copied: a change would reach the other place, too
 MARGIN = 1.05  # of the disk that is reckoned, for headers and pictures

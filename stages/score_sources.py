@@ -18,7 +18,6 @@ from quant import multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
 from stages import prompt_files
 from stages.common import OneLineParser, at_least, in_precision, parser_for
-from stages.labelling.forecast import as_time
 from stages.library_notes import Once, library_notes
 from stages.sampling import (
     IMAGE_FLAGS,
@@ -30,6 +29,7 @@ from stages.sampling import (
     settings_of,
     show_steps,
 )
+from stages.units import as_time
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")

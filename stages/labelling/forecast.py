@@ -11,16 +11,10 @@ from models.facts import native_pixels
 from models.pipelines import compute_dtype, height_width, is_embedded, model_of
 from stages.common import log
 from stages.labelling import successive_halving
+from stages.units import as_size, as_time
 
 INCEPTION_FEATURES, DIGIT_FEATURES = 2048, 64  # of an image
 PNG_SHARE = 0.5  # of its raw pixels that an image's file takes, about
-UNITS = (("days", 86400, 4), ("h", 3600, 2), ("min", 60, 2))  # name, seconds, least number
-
-
-def as_time(seconds):
-    """A duration in a unit of which there are some: 3 min, 70 h, 55 days."""
-    name, length, _ = next((unit for unit in UNITS if seconds >= unit[2] * unit[1]), ("s", 1, 0))
-    return f"{seconds / length:.0f} {name}"
 
 
 class Forecast:
@@ -73,11 +67,6 @@ def check_disk(args, family, device):
             "an --outdir on another disk, a lower --n_imgs" + (", or leave out --keep_samples" if args.keep_samples else "")
         )
     log.info("disk: about %s at most (%s), %s are free", as_size(needed), what or "all is there", as_size(free))
-
-
-def as_size(size_bytes):
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size_bytes >= unit), (1e3, "kB"))
-    return f"{size_bytes / unit:.1f} {name}"
 
 
 def disk_bytes(args, family, device):

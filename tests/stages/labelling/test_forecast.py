@@ -12,6 +12,7 @@ from models.families import FAMILIES
 from stages.common import log
 from stages.flags import Flags
 from stages.labelling import eval_random, forecast, successive_halving
+from stages.units import as_time
 
 CPU = torch.device("cpu")
 FLAGS = {"workers": None, "ray_address": None, "keep_samples": False, "q_config": [], "budget_images": []}
@@ -25,7 +26,7 @@ def args_of(**changes):
     ("seconds", "said"), [(3, "3 s"), (130, "2 min"), (5000, "83 min"), (70 * 3600, "70 h"), (55 * 86400, "55 days")]
 )
 def test_times(seconds, said):
-    assert forecast.as_time(seconds) == said
+    assert as_time(seconds) == said
 
 
 def test_images_of_successive_halving():
