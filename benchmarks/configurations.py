@@ -21,7 +21,8 @@ from benchmarks.machine import write_result
 from evaluation import quant_cache
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
-from quant import config, multiquantizer
+from quant import config
+from stages import multi_chkpt
 from stages.labelling import json_lines
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -31,8 +32,8 @@ POOL_SEED = 9000
 def main():
     args = parse_args()
     family = FAMILIES[args.family]
-    slots, entries = multiquantizer.load(args.multi_chkpt, load_denoiser(family, "embedded", pick_device("cpu")), family)
-    space = spaces.of_multiquantizer(family, entries)
+    model = multi_chkpt.load(args.multi_chkpt, family, load_denoiser(family, "embedded", pick_device("cpu")))
+    slots, space = model.slots, spaces.of_multiquantizer(family, model.entries)
     chosen = {(None, f"uniform {name}"): f"uniform:{name}" for name in spaces.NAMES}
     for bits in args.avg_bits:
         chosen |= at_size(args, space, slots, bits)

@@ -81,6 +81,11 @@ class Family:
     def precision_bits(self):
         return torch.finfo(self.dtype).bits
 
+    @property
+    def quantization(self):
+        """Arguments of quant's `QuantizedModel` beside the denoiser."""
+        return {"dtype": self.dtype, "rules": self.slot_rules, "name": self.name}
+
 
 PUBLISHED_CONFIGS = "https://github.com/Ascend-Research/Qua2SeDiMo"  # the paper's repository
 NO_BINNING = ("use_resolution_binning", False)  # images of just the size asked for

@@ -7,7 +7,7 @@ from errors import InputError
 from quant.entries import fitted
 from quant.files import load_pickle, save_pickle
 from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, fp_size_bytes, quantizer
-from quant.slots import WeightSlot, free_keys, tied_key
+from quant.slots import ANY_MODULE, WeightSlot, free_keys, tied_key
 
 UNIFORM = "uniform:"
 
@@ -83,10 +83,11 @@ def load(spec, slots, read=None):
     return configuration
 
 
-def check_file(spec, entries, family, read=None):
+def check_file(spec, entries, rules=ANY_MODULE, read=None):
     """InputError if `load` is going to refuse what `spec` names for the denoiser of a multiquantizer's entries.
 
-    They have all of its slots but those that share others' weights. None, where only weights tell them, are not asked.
+    They have all of its slots but those that share others' weights, by the slot rules. None, where only weights tell
+    them, are not asked.
     InputError also if a weight is to take a quantizer that its entry has not.
     """
     spec = str(spec)
@@ -96,7 +97,7 @@ def check_file(spec, entries, family, read=None):
     else:
         configuration = (read or read_file)(spec)
         slots = _slots(configuration if entries is None else entries)
-        ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
+        ties = {key: tied_key(key, rules) for key in configuration if key not in slots}
         slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
         configuration = expand_ties(configuration, slots)
     check(configuration, slots, spec)

@@ -15,9 +15,8 @@ from autobuild import space as spaces
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import pick_device
-from quant import multiquantizer
 from quant.files import atomic_write, check_writable, load_checkpoint
-from stages import prompt_files
+from stages import multi_chkpt, prompt_files
 from stages.common import (
     OneLineParser,
     at_least,
@@ -108,10 +107,10 @@ def measured(args, family, avg_bits):
     hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
     args = argparse.Namespace(**vars(args) | {"refiner_id": None})  # it is never asked
     check_sampling(args, family, device)
-    entries = multiquantizer.read(args.multi_chkpt, family)
+    entries = multi_chkpt.read(args.multi_chkpt, family)
     told = {
         "prompts_key": prompt_files.key(prompts),
-        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "multiquantizer_key": multi_chkpt.key(args.multi_chkpt, family),
         "hand_over": hand_over,
     }
     flags = flags_of(vars(args) | told)
@@ -134,7 +133,7 @@ def measure_missing(args, family, flags, device, prompts, keys, known):
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
-    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
+    model = multi_chkpt.load(args.multi_chkpt, family, sampler.denoiser)
     settings = settings_of(args, flags["hand_over"])
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, settings, args.calls), settings.batch_size)
     left = [each for each in keys if each[0] not in known]

@@ -4,13 +4,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import SPLIT_FAMILIES, tiny
+from conftest import SPLIT_FAMILIES, tiny, tiny_model
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import config, multiquantizer
-from quant.entries import fit_entry
-from quant.model import QuantizedModel
+from quant import config
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import find_slots, free_keys
 
@@ -110,12 +108,11 @@ OTHERS = ["mse-8", "kmeans-2", "kmeans_all-5", "mse-4-g16"]
 @pytest.mark.parametrize("word", OTHERS)
 def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
     """Fitted, they are applied and told like the six."""
-    denoiser, slots, entries = load_tiny("hunyuan")
-    weights = {key: multiquantizer.slot_weight(denoiser, slot, FAMILIES["hunyuan"]) for key, slot in slots.items()}
-    entries = {key: fit_entry(weights[key], [word]) for key in entries}
-    model = QuantizedModel.of_slots(denoiser, slots, FAMILIES["hunyuan"].dtype, entries)
+    denoiser, slots, _ = load_tiny("hunyuan")
+    model = tiny_model("hunyuan", denoiser)
+    weights, entries = {key: model.weight(key) for key in slots}, model.fit([word])
     chosen = config.load(f"uniform:{word}", slots)
-    config.check_file(f"uniform:{word}", entries, FAMILIES["hunyuan"])
+    config.check_file(f"uniform:{word}", entries)
     model.apply(chosen)
     described = config.describe(chosen, slots, entries, precision_bits=16)
     for key, slot in slots.items():
@@ -133,7 +130,7 @@ def test_methods_that_were_not_fitted_are_told(slots, load_tiny):
     message = rf"^{re.escape(first)}: the multiquantizer has only {held}, not mse-8; [^\n]*$"
     for refuse in (
         lambda: config.describe(chosen, slots, entries, 16),
-        lambda: config.check_file("uniform:mse-8", entries, FAMILIES["dit"]),
+        lambda: config.check_file("uniform:mse-8", entries),
     ):
         with pytest.raises(InputError, match=message):
             refuse()

@@ -64,12 +64,12 @@ def test_a_step_with_a_configuration(name):
 
 
 def test_six_fits_at_full_width(tmp_path, family):
-    denoiser = few_blocks("dit")
+    model = QuantizedModel(few_blocks("dit"), **family.quantization)
     path, prefix = tmp_path / "mq.pt", "transformer_blocks.0.attn1.to_q"
-    multiquantizer.build(denoiser, family, path, prefix)
+    multiquantizer.build(model, path, prefix)
     content = torch.load(path, weights_only=True)["slots"]
     (key,) = content
-    weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family.slot_rules)[key], family)
+    weight = model.weight(key)
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
         change = (quantizer(method).apply(weight, parameters).float() - weight.float()).norm() / weight.float().norm()

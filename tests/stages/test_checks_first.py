@@ -4,13 +4,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import EVAL, ROOT, tiny
+from conftest import EVAL, ROOT, tiny_model
 
 from errors import InputError
 from evaluation import fid
 from models.families import FAMILIES
 from quant import config, multiquantizer
-from quant.entries import fit_entry
 from quant.files import check_writable
 from stages import build_config, plot_insights, q_config, sampling, score_sources
 from stages.labelling import eval_random
@@ -148,20 +147,18 @@ def test_configurations_that_load(tmp_path, load_tiny):
 
 def test_entries_of_a_file(tiny_mq, tmp_path):
     """Read without the denoiser they are those that are read with it."""
-    _, entries = multiquantizer.load(tiny_mq("dit"), tiny("dit"), FAMILIES["dit"])
-    read = multiquantizer.read(tiny_mq("dit"), FAMILIES["dit"])
-    assert list(read) == list(entries)
+    read = multiquantizer.read(tiny_mq("dit"), "dit")
+    assert list(read) == list(multiquantizer.load(tiny_mq("dit"), tiny_model("dit")).entries)
     torch.save({"model.a.weight_quantizer.quant_params.mse-4": torch.ones(2)}, tmp_path / "published.pt")
-    assert multiquantizer.read(tmp_path / "published.pt", FAMILIES["dit"]) is None
+    assert multiquantizer.read(tmp_path / "published.pt", "dit") is None
 
 
 @pytest.fixture
-def lean_mq(tmp_path, load_tiny):
+def lean_mq(tmp_path):
     """Path of a multiquantizer of a tiny DiT that was fitted with mse-8 and nothing else."""
-    denoiser, slots, entries = load_tiny("dit")
-    weights = {key: multiquantizer.slot_weight(denoiser, slots[key], FAMILIES["dit"]) for key in entries}
-    lean = {key: fit_entry(weight, ["mse-8"]) for key, weight in weights.items()}
-    multiquantizer.save(lean, FAMILIES["dit"], tmp_path / "lean.pt")
+    model = tiny_model("dit")
+    model.fit(["mse-8"])
+    multiquantizer.save(model, tmp_path / "lean.pt")
     return tmp_path / "lean.pt"
 
 
