@@ -189,7 +189,7 @@ FAMILIES = {
             guidance=7.5,
             q_config="quant_configs/sdv15_40.pkl",
             slot_rules=SlotRules(
-                splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", hidden_channels),), key_names=compvis_names
+                splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", hidden_channels),), file_names=compvis_names
             ),
             fp_weights=859_077_120,
             num_layers=282,

@@ -21,7 +21,7 @@ from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
 from quant.pretrained import attach
 from quant.registry import SEARCH_SPACE
-from quant.slots import SlotRules, find_slots, free_keys
+from quant.slots import SlotRules, find_slots, free_keys, ties_of
 
 SHOWN_AFTER_SECONDS = 2  # a bar
 
@@ -34,6 +34,8 @@ class QuantizedModel:
     on the input channels before the boundary, a number or a function (module, path, layer). `ties` {pattern: path} name
     the layer that others share their weights with; InputError if the weights differ. `rules` are all of these in one
     SlotRules, in their place. `name` is what files say that they are of; None: the module's class.
+
+    A weight's key is a `WeightKey`: the module's path, and the part, which is 1 for the second part of a split weight.
 
     Attributes: `slots` {key: WeightSlot}; `entries` {key: entry}, empty until fitted (see quant/entries.py); `module`;
     `name`; `dtype`.
@@ -68,14 +70,12 @@ class QuantizedModel:
         self._parts = None
 
     def _check_ties(self):
-        for key, slot in self.slots.items():
-            if slot.tie == key:
+        for key, tie in ties_of(self.slots).items():
+            if key == tie:
                 continue
-            own, shared = self.weight(key), self.weight(slot.tie)
+            own, shared = self.weight(key), self.weight(tie)
             if not own.is_meta and not torch.equal(own, shared):
-                raise InputError(
-                    f"{slot.module_path}: its weights differ from {self.slots[slot.tie].module_path}, which it is to share"
-                )
+                raise InputError(f"{key}: its weights differ from {tie}, which it is to share")
 
     @property
     def precision_bits(self):
@@ -111,7 +111,7 @@ class QuantizedModel:
         try:
             entry = fit_entry(self.weight(key), missing)
         except ValueError as reason:
-            raise InputError(f"{self.slots[key].module_path}: {reason}") from None
+            raise InputError(f"{key}: {reason}") from None
         known = self.entries.setdefault(key, entry)
         for each in ("parameters", "errors"):
             known[each] = known[each] | entry[each]
@@ -121,15 +121,20 @@ class QuantizedModel:
         return config.uniform(self.slots, method)
 
     def configuration(self, chosen):
-        """The checked configuration {key: method} of `chosen`: a method for all, or {key or module path: method}."""
+        """The checked configuration {key: method} of `chosen`: a method for all, or {name: method}.
+
+        A name is a module path, for all parts of its weight, or a key (module path, part), which has the last word.
+        """
         if isinstance(chosen, str):
             return self.uniform(chosen)
         keys_at = {}
-        for key, slot in self.slots.items():
-            keys_at.setdefault(slot.module_path, []).append(key)
-        named = {key: method for name, method in chosen.items() for key in keys_at.get(name, [name])}
-        configuration = config.expand_ties(named, self.slots)
-        config.check(configuration, self.slots)
+        for key in self.slots:
+            keys_at.setdefault(key.path, []).append(key)
+        parts = {name: method for name, method in chosen.items() if not isinstance(name, str)}
+        whole = {key: chosen[path] for path in chosen if path not in parts for key in keys_at.get(path, [path])}
+        ties = ties_of(self.slots)
+        configuration = config.expand_ties(whole | parts, ties)
+        config.check(configuration, ties)
         return configuration
 
     @property
@@ -190,8 +195,7 @@ class QuantizedModel:
 
     def _ties(self):
         """{path of a layer: path of the layer whose weights it shares}."""
-        ties = {slot.module_path: self.slots[slot.tie].module_path for slot in self.slots.values()}
-        return {path: shared for path, shared in ties.items() if path != shared}
+        return {key.path: tie.path for key, tie in ties_of(self.slots).items() if key != tie}
 
     def describe(self, configuration):
         """{key: [method, bytes at P, quantized bytes with overhead, error]} of a configuration, fitted where need be."""

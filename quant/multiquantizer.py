@@ -6,7 +6,7 @@ the float weights. It is a plain dict that loads with `torch.load(weights_only=T
     format, version, precision_bits
     family: the model's name
     prefix: of the module paths if only they are in it, else ""
-    slots: {key: {shape, fingerprint, errors: {word: float}, parameters: {word: {name: tensor}}}}
+    slots: {file key: {shape, fingerprint, errors: {word: float}, parameters: {word: {name: tensor}}}}
 
 Tied weights are stored once, under the key of the slot that they share. The idea is Mills et al.'s (2025).
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from errors import InputError
 from quant import published, registry
 from quant.entries import fingerprint, has_words, is_entry
+from quant.file_keys import by_file_key, by_weight
 from quant.files import atomic_write, load_checkpoint
 from quant.memory import trim
 from quant.model import QuantizedModel
@@ -44,8 +45,8 @@ def build(model, path, prefix="", overwrite=False):
         holds(path, model, prefix)
     model.entries = model.entries | _resume(partial, model, overwrite)
     keys = _keys_in(model, prefix)
-    # Compiles the kernels, so that the time left is right from the start.
-    registry.fit(torch.eye(2, 4, dtype=model.dtype, device=model.weight(keys[0]).device))
+    device = model.weight(next(iter(model.slots))).device
+    registry.fit(torch.eye(2, 4, dtype=model.dtype, device=device))  # compiles the kernels: the time left is right at once
     try:
         _fit(model, keys, lambda: save(model, partial, prefix))
         if not overwrite:
@@ -118,13 +119,15 @@ def check_replaceable(path, name):
 
 
 def _own_entries(content, path, model):
-    """The entries of a file's content; InputError unless all were fitted to this model's weights."""
+    """The entries {key: entry} of a file's content; InputError unless all were fitted to this model's weights."""
     entries = _read(content, path, model.name)
-    foreign = next((key for key in entries if key not in model.slots), None)
-    if foreign is not None:
+    own = by_weight(entries, model.slots)
+    if len(own) < len(entries):
+        known = by_file_key(own, model.slots)
+        foreign = next(key for key in entries if key not in known)
         raise InputError(f"{path}: has {foreign}, which this denoiser has not")
-    check_fits(entries, path, model)
-    return entries
+    check_fits(own, path, model)
+    return own
 
 
 @contextlib.contextmanager
@@ -138,13 +141,14 @@ def _ways_out():
 
 def save(model, path, prefix=""):
     """Write what is fitted of a model's weights, or of those of modules in `prefix`."""
+    entries = {key: model.entries[key] for key in _keys_in(model, prefix) if key in model.entries}
     content = {
         "format": FORMAT,
         "version": VERSION,
         "family": model.name,
         "precision_bits": model.precision_bits,
         "prefix": prefix,
-        "slots": _with_interned_keys({k: model.entries[k] for k in _keys_in(model, prefix) if k in model.entries}),
+        "slots": _with_interned_keys(by_file_key(entries, model.slots)),
     }
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -165,12 +169,13 @@ def load(path, model):
     """
     content = load_checkpoint(path)
     if published.is_published(content):
-        model = _with(model, move_boundaries(model.slots, published.shapes(content)))
+        model = _with(model, move_boundaries(model.slots, by_weight(published.shapes(content), model.slots)))
         published.check_keys(content, path, model)
         return _with(model, model.slots, published.convert(content, path, model))
     entries = _read(content, path, model.name)
-    model = _with(model, move_boundaries(model.slots, {key: entry["shape"] for key, entry in entries.items()}), entries)
     check_complete(entries, path, model.slots)
+    entries = by_weight(entries, model.slots)
+    model = _with(model, move_boundaries(model.slots, {key: entry["shape"] for key, entry in entries.items()}), entries)
     check_fits(entries, path, model)
     return model
 
@@ -180,7 +185,7 @@ def _with(model, slots, entries=None):
 
 
 def read(path, name):
-    """The entries in a file of a model of that name, of whatever weights.
+    """The entries {file key: entry} in a file of a model of that name, of whatever weights.
 
     None of the published format, which needs the weights to be read.
     """
@@ -189,12 +194,13 @@ def read(path, name):
 
 
 def check_complete(entries, path, slots):
-    """Raise InputError, naming the first, unless the entries are those of the slots, no more and no fewer."""
-    keys = free_keys(slots)
+    """Raise InputError, naming the first, unless the {file key: entry} are those of the slots, no more and no fewer."""
+    keys = [slots[key].file_key for key in free_keys(slots)]
     missing = [key for key in keys if key not in entries]
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(keys)} layers are missing, first {missing[0]}")
-    unknown = [key for key in entries if key not in slots]
+    known = {slot.file_key for slot in slots.values()}
+    unknown = [key for key in entries if key not in known]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
 
@@ -203,8 +209,7 @@ def check_fits(entries, path, model):
     """Raise InputError, naming the first layer that differs, unless entries were fitted to exactly the model's weights."""
     for key, entry in entries.items():
         if entry["fingerprint"] != fingerprint(model.weight(key)):
-            layer = model.slots[key].module_path
-            raise InputError(f"{path}: made from other weights than this model's (layer {layer})")
+            raise InputError(f"{path}: made from other weights than this model's (layer {key.path})")
 
 
 def part_path(path, prefix):
@@ -229,9 +234,11 @@ def stitch(model, path, prefixes, overwrite=False):
         for key in part:
             if key in origin:
                 raise InputError(f"{file}: overlaps {origin[key]}, both have {key}; make them anew with --prefix")
-        check_complete(part, file, {k: slot for k, slot in model.slots.items() if in_part(slot, prefix) or k in part})
-        check_fits(part, file, model)
+        own = {k: slot for k, slot in model.slots.items() if in_part(slot, prefix) or slot.file_key in part}
+        check_complete(part, file, own)
         origin |= dict.fromkeys(part, file)
+        part = by_weight(part, model.slots)
+        check_fits(part, file, model)
         entries |= part
     model.entries = {key: entries[key] for key in free_keys(model.slots)}
     save(model, path)

@@ -1,7 +1,7 @@
 """Multiquantizer files of the published system, read into this project's entries.
 
-Per key they hold `<key>.quant_params.<method>`: for K-Means the quantized weight itself, for UAQ the
-scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
+Per weight, `<key>` being its file key, they hold `<key>.quant_params.<method>`: for K-Means the quantized weight itself, for
+UAQ the scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
 """
 
 import torch
@@ -18,7 +18,7 @@ def is_published(content):
 
 
 def shapes(content):
-    """{key: shape of its weight}, as the K-Means tensors have it."""
+    """{file key: shape of its weight}, as the K-Means tensors have it."""
     ending = ".quant_params.kmeans-4"
     return {k.removesuffix(ending): tuple(v.shape) for k, v in content.items() if k.endswith(ending) and torch.is_tensor(v)}
 
@@ -29,11 +29,11 @@ def check_keys(content, path, model):
     Weights that it has but does not quantize are passed over.
     """
     keys = dict.fromkeys(key.partition(".quant_params.")[0] for key in content if ".quant_params." in key)
-    known = model.slots.keys() | find_slots(model.module).keys()
+    known = {slot.file_key for slots in (model.slots, find_slots(model.module)) for slot in slots.values()}
     unknown = [key for key in keys if ".weight_quantizer" in key and key not in known]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
-    for key in free_keys(model.slots):
+    for key in (model.slots[key].file_key for key in free_keys(model.slots)):
         for name in SEARCH_SPACE:
             if f"{key}.quant_params.{name}" not in content:
                 raise InputError(f"{path}: has no {name} for {key}")
@@ -44,7 +44,8 @@ def convert(content, path, model):
 
     K-Means weights come out bit for bit; UAQ codes are rounded in the precision of its scales.
     """
-    return {key: _convert_slot(content, path, key, model.weight(key)) for key in free_keys(model.slots)}
+    keys = free_keys(model.slots)
+    return {key: _convert_slot(content, path, model.slots[key].file_key, model.weight(key)) for key in keys}
 
 
 def _convert_slot(content, path, key, weight):

@@ -18,6 +18,7 @@ from models.families import FAMILIES
 from models.listening import timed
 from models.pipelines import is_embedded, meta_denoiser
 from quant import config
+from quant.file_keys import by_file_key
 from stages import multi_chkpt, prompt_files, q_config
 from stages.common import in_precision
 from stages.labelling.stopwatch import Stopwatch
@@ -118,7 +119,7 @@ class Labeller:
             "avg_bits": config.avg_bits(description, precision_bits),
             "quantized_error": float(sum(row[3] for row in description.values())),
             "bops": tera_bops(self.macs, self.model.slots, {key: row[0] for key, row in description.items()}),
-            "config": description,
+            "config": by_file_key(description, self.model.slots),
         }
 
     def measure(self, task, full_precision=None):

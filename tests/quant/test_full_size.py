@@ -6,6 +6,7 @@ import torch
 from models import geometry
 from models.families import FAMILIES
 from quant import multiquantizer
+from quant.file_keys import file_key
 from quant.model import QuantizedModel
 from quant.registry import quantizer
 from quant.slots import find_slots, in_part
@@ -69,7 +70,8 @@ def test_six_fits_at_full_width(tmp_path, family):
     multiquantizer.build(model, path, prefix)
     content = torch.load(path, weights_only=True)["slots"]
     (key,) = content
-    weight = model.weight(key)
+    assert key == file_key(prefix)
+    weight = model.weight((prefix, 0))
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
         change = (quantizer(method).apply(weight, parameters).float() - weight.float()).norm() / weight.float().norm()

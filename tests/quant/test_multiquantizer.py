@@ -11,9 +11,10 @@ from models.families import FAMILIES
 from quant import entries as entries_module
 from quant import model as model_module
 from quant import multiquantizer
+from quant.file_keys import file_key
 from quant.model import QuantizedModel
 from quant.registry import quantizer
-from quant.slots import find_slots, free_keys, key_of
+from quant.slots import WeightKey, find_slots, free_keys
 
 
 @pytest.fixture
@@ -61,10 +62,10 @@ def test_tied_weights_are_fitted_once(built):
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
 def test_parts_are_fitted_to_their_own_channels(name, load_tiny):
     denoiser, slots, entries = load_tiny(name)
-    split = [slot for slot in slots.values() if slot.key.endswith("_0")]
+    split = [slot for slot in slots.values() if slot.key.part]
     for rest in split:
         weight = denoiser.get_submodule(rest.module_path).weight.detach().to(FAMILIES[name].dtype)
-        first = slots[rest.key.removesuffix("_0")]
+        first = slots[rest.module_path, 0]
         channels = [first.shape[1], rest.shape[1]]
         for slot, part in zip((first, rest), weight.split(channels, dim=1), strict=True):
             assert entries[slot.key]["fingerprint"] == entries_module.fingerprint(part)
@@ -94,7 +95,7 @@ def test_untied_weights_are_refused_by_name(denoiser):
 
 def test_missing_layers_are_named(built, tmp_path, model):
     content = torch.load(built[0], weights_only=True)
-    del content["slots"][key_of("proj_out_2")]
+    del content["slots"][file_key("proj_out_2")]
     torch.save(content, tmp_path / "less.pt")
     with pytest.raises(InputError, match="proj_out_2"):
         multiquantizer.load(tmp_path / "less.pt", model)
@@ -116,7 +117,7 @@ def test_foreign_files_are_refused(built, tmp_path, model, change, message):
 
 def damage_parameter(method, name, value):
     def damage(content):
-        content["slots"][key_of("proj_out_1")]["parameters"][method][name] = value
+        content["slots"][file_key("proj_out_1")]["parameters"][method][name] = value
 
     return damage
 
@@ -125,11 +126,11 @@ def damage_parameter(method, name, value):
     "damage",
     [
         lambda content: content.update(slots=[1, 2]),
-        lambda content: content["slots"].update({key_of("proj_out_1"): "text"}),
-        lambda content: content["slots"][key_of("proj_out_1")].pop("fingerprint"),
-        lambda content: content["slots"][key_of("proj_out_1")]["parameters"].pop("kmeans-3"),
-        lambda content: content["slots"][key_of("proj_out_1")]["errors"].update({"mse-3": "text"}),
-        lambda content: content["slots"][key_of("proj_out_1")]["errors"].update({"mse-3": 10**400}),
+        lambda content: content["slots"].update({file_key("proj_out_1"): "text"}),
+        lambda content: content["slots"][file_key("proj_out_1")].pop("fingerprint"),
+        lambda content: content["slots"][file_key("proj_out_1")]["parameters"].pop("kmeans-3"),
+        lambda content: content["slots"][file_key("proj_out_1")]["errors"].update({"mse-3": "text"}),
+        lambda content: content["slots"][file_key("proj_out_1")]["errors"].update({"mse-3": 10**400}),
         damage_parameter("mse-4", "scale", torch.ones(3)),
         damage_parameter("mse-4", "scale", torch.full([32], torch.nan)),
         damage_parameter("mse-4", "zero_point", torch.ones(32)),
@@ -162,7 +163,7 @@ def test_entries_hold_whatever_words(tmp_path, model):
 
 def change_words(change):
     def damage(content):
-        entry = content["slots"][key_of("proj_out_1")]
+        entry = content["slots"][file_key("proj_out_1")]
         for each in ("parameters", "errors"):
             entry[each] = change(entry[each])
 
@@ -262,7 +263,9 @@ def test_each_part_holds_its_own_modules(parts, load_tiny):
     for prefix in FAMILIES["sdxl"].prefixes:
         content = torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)
         expected = [key for key in entries if slots[key].module_path.split(".")[0] == prefix]
-        assert list(content["slots"]) == expected and expected and content["prefix"] == prefix
+        assert (
+            list(content["slots"]) == [slots[key].file_key for key in expected] and expected and content["prefix"] == prefix
+        )
 
 
 def test_stitched_parts_are_what_one_build_gives(stitched, load_tiny, tmp_path):
@@ -273,16 +276,16 @@ def test_stitched_parts_are_what_one_build_gives(stitched, load_tiny, tmp_path):
 
 
 def entry_of(parts, prefix, key):
-    return torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)["slots"][key_of(key)]
+    return torch.load(parts / f"sdxl_{prefix}_mq.pt", weights_only=True)["slots"][file_key(key)]
 
 
 @pytest.mark.parametrize(("holder", "owner"), [("conv_out", "conv_in"), ("conv_in", "conv_out")])
 def test_overlapping_parts_are_refused(stitched, parts, holder, owner):
     """Whichever of the two is read first, the later file and the key are named."""
     entry = entry_of(parts, owner, owner)
-    message = rf"sdxl_conv_out_mq\.pt: overlaps .*sdxl_conv_in_mq\.pt, both have {re.escape(key_of(owner))};"
+    message = rf"sdxl_conv_out_mq\.pt: overlaps .*sdxl_conv_in_mq\.pt, both have {re.escape(file_key(owner))};"
     with pytest.raises(InputError, match=message):
-        stitched(tiny_model("sdxl"), {holder: lambda slots: slots.update({key_of(owner): entry})})
+        stitched(tiny_model("sdxl"), {holder: lambda slots: slots.update({file_key(owner): entry})})
 
 
 def test_a_missing_part_is_refused(stitched, tmp_path):
@@ -292,7 +295,7 @@ def test_a_missing_part_is_refused(stitched, tmp_path):
 
 
 def test_a_part_that_misses_layers_is_refused(stitched):
-    key = key_of("up_blocks.1.resnets.0.conv1", 1)
+    key = file_key("up_blocks.1.resnets.0.conv1", 1)
     message = rf"sdxl_up_blocks_mq\.pt: 1 of \d+ layers are missing, first {re.escape(key)}$"
     with pytest.raises(InputError, match=message):
         stitched(tiny_model("sdxl"), {"up_blocks": lambda slots: slots.pop(key)})
@@ -301,7 +304,7 @@ def test_a_part_that_misses_layers_is_refused(stitched):
 def test_a_part_with_other_layers_is_refused(stitched, parts):
     entry = entry_of(parts, "conv_in", "conv_in")
     with pytest.raises(InputError, match=r"sdxl_conv_in_mq\.pt: 1 keys are not of this denoiser, first model\.nowhere"):
-        stitched(tiny_model("sdxl"), {"conv_in": lambda slots: slots.update({key_of("nowhere"): entry})})
+        stitched(tiny_model("sdxl"), {"conv_in": lambda slots: slots.update({file_key("nowhere"): entry})})
 
 
 def test_parts_of_other_weights_are_refused(stitched):
@@ -321,7 +324,7 @@ def test_a_part_alone_is_no_multiquantizer(parts):
 
 def test_other_weights_in_one_part_of_a_layer_are_refused(tiny_mq, load_tiny):
     denoiser, slots, _ = load_tiny("hunyuan")
-    rest = slots[key_of("blocks.5.skip_linear", 1)]
+    rest = slots["blocks.5.skip_linear", 1]
     with torch.no_grad():
         denoiser.get_submodule(rest.module_path).weight[0, rest.inputs[0]] += 0.5
     with pytest.raises(InputError, match=r"layer blocks\.5\.skip_linear"):
@@ -332,15 +335,15 @@ def test_the_split_is_the_file_s(tmp_path, load_tiny):
     """A file whose weights are cut elsewhere loads with its own boundaries."""
     denoiser, slots, entries = load_tiny("sdxl")
     model = tiny_model("sdxl", denoiser)
-    key = key_of("up_blocks.1.resnets.0.conv1")
+    key, rest = (WeightKey("up_blocks.1.resnets.0.conv1", part) for part in (0, 1))
     weight = denoiser.get_submodule(slots[key].module_path).weight.detach().half()
     moved = dict(entries)
-    moved[key], moved[f"{key}_0"] = (entries_module.fit_entry(part) for part in (weight[:, :5], weight[:, 5:]))
+    moved[key], moved[rest] = (entries_module.fit_entry(part) for part in (weight[:, :5], weight[:, 5:]))
     multiquantizer.save(with_entries(model, moved), tmp_path / "moved.pt")
     own_slots = multiquantizer.load(tmp_path / "moved.pt", model).slots
-    assert own_slots[key].inputs == (0, 5) and own_slots[f"{key}_0"].inputs == (5, weight.shape[1])
+    assert own_slots[key].inputs == (0, 5) and own_slots[rest].inputs == (5, weight.shape[1])
     wrong = copy.deepcopy(moved)
-    wrong[f"{key}_0"] = entries[f"{key}_0"]  # the parts do not join
+    wrong[rest] = entries[rest]  # the parts do not join
     multiquantizer.save(with_entries(model, wrong), tmp_path / "wrong.pt")
     with pytest.raises(InputError, match=r"other weights than this model's \(layer up_blocks\.1\.resnets\.0\.conv1\)"):
         multiquantizer.load(tmp_path / "wrong.pt", model)

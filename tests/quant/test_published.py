@@ -11,7 +11,7 @@ from errors import InputError
 from models.families import FAMILIES
 from quant import multiquantizer, published, uaq
 from quant.registry import SEARCH_SPACE, quantizer
-from quant.slots import find_slots, free_keys, key_of
+from quant.slots import find_slots, free_keys
 
 SIX = {word: quantizer(word) for word in SEARCH_SPACE}
 
@@ -40,15 +40,15 @@ def published_uaq_weight(weight, pair, bits):
 def published_file(tmp_path_factory):
     model = tiny_model("dit", tiny_dit(layers=1))
     content = {}
-    for key in model.slots:
+    for key, slot in model.slots.items():
         weight = model.weight(key)
         for name, method in SIX.items():
             if method.algorithm == "mse":
                 tensor = published_uaq(weight, method.bits)
             else:
                 tensor = published_kmeans(weight, method.bits, per_channel=method.algorithm == "kmeans")
-            content[f"{key}.quant_params.{name}"] = tensor
-            content[f"{key}.loss_dict.{name}"] = torch.tensor([0.1]).half()
+            content[f"{slot.file_key}.quant_params.{name}"] = tensor
+            content[f"{slot.file_key}.loss_dict.{name}"] = torch.tensor([0.1]).half()
     path = tmp_path_factory.mktemp("published") / "dit_mq.pt"
     torch.save(content, path)
     return path, content, model
@@ -62,7 +62,7 @@ def test_converts_to_the_same_weights(published_file):
         weight = model.weight(key)
         for name, method in SIX.items():
             ours = method.apply(weight, entry["parameters"][name])
-            theirs = content[f"{key}.quant_params.{name}"]
+            theirs = content[f"{model.slots[key].file_key}.quant_params.{name}"]
             if method.algorithm == "mse":
                 theirs = published_uaq_weight(weight, theirs, method.bits)
             assert torch.equal(ours, theirs), (key, name)
@@ -123,15 +123,15 @@ def published_slot(weight, method):
 
 
 def published_parts(denoiser, family):
-    """{key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
+    """{file key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
     weights = {}
     for slot in find_slots(denoiser, family.slot_rules).values():
         layer = denoiser.get_submodule(slot.module_path)
         weight = layer.weight.detach().to(family.dtype)
         if slot.inputs is not None:
             cut = layer.out_channels if family.name == "sdxl" else slot.inputs[0] or slot.inputs[1]
-            weight = weight[:, cut:] if slot.key.endswith("_0") else weight[:, :cut]
-        weights[slot.key] = weight.contiguous()
+            weight = weight[:, cut:] if slot.key.part else weight[:, :cut]
+        weights[slot.file_key] = weight.contiguous()
     return weights
 
 
@@ -157,14 +157,14 @@ def test_split_files_apply_to_exactly_the_published_weights(name, published_spli
     path, content, weights = published_splits[name]
     model = multiquantizer.load(path, tiny_model(name))
     slots = model.slots
-    assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
+    assert {slot.file_key: slot.shape for slot in slots.values()} == {key: weight.shape for key, weight in weights.items()}
     for method in SIX.values():
         model.apply(method.name)
         expected = {}  # module path -> the published weights of its parts
-        for key, slot in slots.items():
-            theirs = content[f"{key}.quant_params.{method.name}"]
+        for slot in slots.values():
+            theirs = content[f"{slot.file_key}.quant_params.{method.name}"]
             if method.algorithm == "mse":
-                theirs = published_uaq_weight(weights[key], theirs, method.bits)
+                theirs = published_uaq_weight(weights[slot.file_key], theirs, method.bits)
             expected.setdefault(slot.module_path, []).append(theirs.float())
         for module_path, halves in expected.items():
             assert torch.equal(model.module.get_submodule(module_path).weight, torch.cat(halves, dim=1)), module_path
@@ -178,7 +178,7 @@ def test_published_sdxl_boundaries_are_taken_from_the_shapes(published_splits, t
     moved = {slot.module_path for key, slot in slots.items() if slot != own.slots[key]}
     assert moved == {"up_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv1"}
     for path, (cut, total) in {"up_blocks.1.resnets.0.conv1": (12, 28), "up_blocks.2.resnets.0.conv1": (8, 20)}.items():
-        assert slots[key_of(path)].inputs == (0, cut) and slots[key_of(path, 1)].inputs == (cut, total)
+        assert slots[path, 0].inputs == (0, cut) and slots[path, 1].inputs == (cut, total)
     multiquantizer.save(loaded, tmp_path / "own.pt")  # converted, it keeps them
     assert multiquantizer.load(tmp_path / "own.pt", own).slots == slots
 
@@ -229,7 +229,7 @@ def test_keys_of_skipped_layers_are_passed_over(published_splits, tmp_path):
     extra = {f"model.time_extra_emb.pooler.{n}_proj.weight_quantizer.quant_params.mse-4": torch.ones(2, 3) for n in "qkvc"}
     torch.save(content | extra, tmp_path / "more.pt")
     loaded = multiquantizer.load(tmp_path / "more.pt", tiny_model("hunyuan"))
-    assert list(loaded.entries) == list(loaded.slots) and not any("pooler" in key for key in loaded.slots)
+    assert list(loaded.entries) == list(loaded.slots) and not any("pooler" in key.path for key in loaded.slots)
 
 
 def test_parts_that_do_not_join_are_named(published_splits, tmp_path):
