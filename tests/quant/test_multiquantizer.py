@@ -11,7 +11,7 @@ from models.families import FAMILIES
 from quant import entries as entries_module
 from quant import model as model_module
 from quant import multiquantizer
-from quant.file_keys import file_key
+from quant.file_keys import by_file_key, file_key
 from quant.model import QuantizedModel
 from quant.registry import quantizer
 from quant.slots import WeightKey, find_slots, free_keys
@@ -210,6 +210,13 @@ def test_interrupted_build_goes_on(tmp_path, model, monkeypatch):
     assert not path.with_suffix(".pt.partial").exists()
     multiquantizer.build(tiny_model("dit"), tmp_path / "other.pt")
     assert path.read_bytes() == (tmp_path / "other.pt").read_bytes()
+
+
+def test_what_a_model_has_fitted_is_not_fitted_again(tmp_path, model, monkeypatch):
+    model.fit(show=False)
+    monkeypatch.setattr(model_module, "fit_entry", lambda *_: pytest.fail("fitted again"))
+    assert same_entries(multiquantizer.build(model, tmp_path / "mq.pt"), model.entries)
+    assert list(torch.load(tmp_path / "mq.pt", weights_only=True)["slots"]) == list(by_file_key(model.entries, model.slots))
 
 
 def test_nan_weight_is_named(tmp_path, model):
