@@ -165,12 +165,12 @@ class _Tracer:
     """Walks an exported program and notes which nodes each value comes from."""
 
     def __init__(self, program, slots):
-        self.slots_of = {}  # {module path: its slots}
+        self.slots, self.slots_of = slots, {}  # {module path: its slots}
         for slot in slots.values():
             self.slots_of.setdefault(slot.module_path, []).append(slot)
         self.parameters = program.graph_signature.inputs_to_parameters
         self.nodes, self.names = [], Counter()
-        self.weights = {}  # {key: node}
+        self.weights = {}  # {file key: node}
         self.sources = {}  # {operation: nodes that its value comes from}
         for operation in program.graph.nodes:
             self.sources[operation] = self.visit(operation)
@@ -207,10 +207,11 @@ class _Tracer:
     def weight_node(self, path, sources):
         parts = []
         for slot in self.slots_of[path]:
-            if slot.tie not in self.weights:
-                self.weights[slot.tie] = Node(slot.tie, WEIGHT, path)
-                self.nodes.append(self.weights[slot.tie])
-            node = self.weights[slot.tie]
+            name = self.slots[slot.tie].file_key
+            if name not in self.weights:
+                self.weights[name] = Node(name, WEIGHT, path)
+                self.nodes.append(self.weights[name])
+            node = self.weights[name]
             node.is_shared |= slot.tie != slot.key
             node.sources += [source for source in sources if source not in node.sources]
             parts.append(node)

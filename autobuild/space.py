@@ -11,6 +11,7 @@ from errors import InputError
 from models.families import FAMILIES
 from quant import multiquantizer
 from quant.entries import fitted
+from quant.file_keys import file_ties
 from quant.registry import SEARCH_SPACE, fp_size_bytes, quantizer
 
 NAMES = SEARCH_SPACE  # a method's code is its place here
@@ -23,7 +24,7 @@ class SearchSpace:
 
     family: str
     graph: graph.DenoiserGraph
-    keys: list[list[str]]  # [W] the configuration keys of each, several if it is shared
+    keys: list[list]  # [W] the keys of each in configurations, several if it is shared; a family's are file keys
     fp_bytes: np.ndarray  # [W] of all its keys
     size_bytes: np.ndarray  # [W, M] quantized, with overhead, of all its keys
     errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method
@@ -101,7 +102,7 @@ def precision_of(row):
 
 
 def of_multiquantizer(family, entries, name="multiquantizer"):
-    """The space of a denoiser whose methods are all fitted, of a multiquantizer's entries.
+    """The space of a denoiser whose methods are all fitted, of a multiquantizer's entries {file key: entry}.
 
     InputError, with the file's `name`, if they are not of the family's layers; also if one lacks a method of the space.
     """
@@ -117,19 +118,19 @@ def of_multiquantizer(family, entries, name="multiquantizer"):
         keys,
         counts * [fp_size_bytes(shape, bits) for shape in shapes],
         counts[:, None] * [[quantizer(name).size_bytes(shape, bits) for name in NAMES] for shape in shapes],
-        np.array([[fitted(entries, slots[each[0]], name, "errors") for name in NAMES] for each in keys]),
+        np.array([[fitted(entries[each[0]], each[0], name, "errors") for name in NAMES] for each in keys]),
         bits,
     )
 
 
 @functools.cache  # tracing takes seconds
 def graph_and_keys(family):
-    """A family's graph, and of each of its weights the configuration keys."""
+    """A family's graph, and of each of its weights the file keys."""
     drawn = graph.of_family(family)
     _, slots = graph.slots_of_family(family)
     sharing = {}
-    for key, slot in slots.items():
-        sharing.setdefault(slot.tie, []).append(key)
+    for key, tie in file_ties(slots).items():
+        sharing.setdefault(tie, []).append(key)
     return drawn, [sharing[node.name] for node in drawn.weights]
 
 

@@ -68,7 +68,7 @@ def space_of(family):
     _, slots = spaces.graph.slots_of_family(family)
     rng = np.random.default_rng(SEED)
     entries = {
-        key: {"shape": slots[key].shape, "errors": {name: np.exp(rng.normal()) for name in spaces.NAMES}}
+        slots[key].file_key: {"shape": slots[key].shape, "errors": {name: np.exp(rng.normal()) for name in spaces.NAMES}}
         for key in free_keys(slots)
     }
     return spaces.of_multiquantizer(FAMILIES[family], entries)

@@ -21,7 +21,10 @@ from benchmarks.machine import write_result
 from evaluation import quant_cache
 from models.families import FAMILIES
 from models.pipelines import load_denoiser, pick_device
-from quant import config, multiquantizer
+from quant import config
+from quant.file_keys import by_file_key
+from quant.files import save_pickle
+from stages import multi_chkpt
 from stages.flags import Flags
 from stages.labelling import json_lines
 
@@ -32,8 +35,8 @@ POOL_SEED = 9000
 def main():
     args = parse_args()
     family = FAMILIES[args.family]
-    slots, entries = multiquantizer.load(args.multi_chkpt, load_denoiser(family, "embedded", pick_device("cpu")), family)
-    space = spaces.of_multiquantizer(family, entries)
+    model = multi_chkpt.load(args.multi_chkpt, family, load_denoiser(family, "embedded", pick_device("cpu")))
+    slots, space = model.slots, spaces.of_multiquantizer(family, by_file_key(model.entries, model.slots))
     chosen = {(None, f"uniform {name}"): f"uniform:{name}" for name in spaces.NAMES}
     for bits in args.avg_bits:
         chosen |= at_size(args, space, slots, bits)
@@ -83,7 +86,7 @@ def at_size(args, space, slots, bits):
     """{(bits, name): file} of all configurations that are compared at a size."""
     folder = args.outdir / f"{bits:.4g}_bits"
     by_error = search.best_within(space, search.decisions_of_weights(space, -space.errors), bits)
-    config.save(space.configuration(by_error), folder / "weight_error.pkl")
+    save_pickle(space.configuration(by_error), folder / "weight_error.pkl")
     best = best_random(args, space, slots, bits, folder)
     others = {(bits, "weight error"): folder / "weight_error.pkl", (bits, f"best of {args.num_random} random"): best}
     return built(args, bits) | others
@@ -100,7 +103,7 @@ def best_random(args, space, slots, bits, folder):
     """The one with the lowest FID of random configurations brought down to a size."""
     paths = [folder / f"random_{number}.pkl" for number in range(args.num_random)]
     for number, path in enumerate(paths):
-        config.save(space.configuration(random_within(space, slots, bits, number)), path)
+        save_pickle(space.configuration(random_within(space, slots, bits, number)), path)
     rows = measure(args, f"{bits:.4g}_bits/random", POOL_SEED, paths)
     return paths[min(range(len(rows)), key=lambda place: rows[place]["FID-GT-1k"])]
 
@@ -108,7 +111,7 @@ def best_random(args, space, slots, bits, folder):
 def random_within(space, slots, bits, number):
     """Codes [W] of a random configuration, random weights of which take random smaller methods until it is small enough."""
     rng = np.random.default_rng([POOL_SEED, number])
-    codes = space.codes_of(config.draw_random(slots, POOL_SEED, number))
+    codes = space.codes_of(by_file_key(config.draw_random(slots, POOL_SEED, number), slots))
     while space.avg_bits(codes) > bits:
         place = rng.integers(len(codes))
         smaller = np.flatnonzero(space.size_bytes[place] < space.size_bytes[place, codes[place]])

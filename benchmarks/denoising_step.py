@@ -17,7 +17,6 @@ from models import geometry
 from models.families import FAMILIES
 from quant.activations import set_activation_bits
 from quant.model import QuantizedModel
-from quant.slots import find_slots
 
 
 def timed_step(denoiser, inputs, repeats):
@@ -50,7 +49,7 @@ def measure(name, device, dtype, repeats):
         inputs = geometry.example_inputs(name, denoiser, batch=2, pixels=pixels)
     original, seconds = timed_step(denoiser, inputs, repeats)
     yield line(name, "full precision", seconds, 0.0)
-    QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype).apply("mse-4")
+    QuantizedModel(denoiser, **family.quantization).apply("mse-4")
     for bits in (None, 8, 6):
         set_activation_bits(denoiser, bits)
         out, seconds = timed_step(denoiser, inputs, repeats)

@@ -25,7 +25,6 @@ from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, pick_device, refiner_of
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
-from quant.slots import find_slots
 
 NUM_PROMPTS = 50
 
@@ -78,7 +77,7 @@ def measure_methods(sampler, args, judge):
     """A line for full precision and for each method on all weights, per guidance and seed."""
     family, denoiser = sampler.family, sampler.denoiser
     prompts, answers = prompts_and_answers(family, args.quality_count, args.quality_count)
-    model = QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
+    model = QuantizedModel(denoiser, **family.quantization)
     originals = {}
     guidances = args.guidances or [family.embedded.label_guidance, family.embedded.guidance]
     for method in (None, *args.methods):  # None is full precision

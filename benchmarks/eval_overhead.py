@@ -23,6 +23,8 @@ from models.listening import timed
 from models.pipelines import load_denoiser, pick_device
 from quant import config, multiquantizer
 from quant.files import save_png
+from quant.model import QuantizedModel
+from stages import multi_chkpt
 from stages.labelling import eval_random
 from stages.labelling.labeller import Job, make_extractor
 from stages.labelling.labelling_run import LabellingRun
@@ -59,7 +61,7 @@ def label_as_published(job, device, folder):
     """FIDs of full precision and the configurations, and all seconds, by the published loop."""
     args, family = job.args, job.family
     sampler = load_for(args, family, device)
-    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
+    model = multi_chkpt.load(args.multi_chkpt, family, sampler.denoiser)
     extractor, fids = make_extractor(job, device), []
     folder.mkdir()
     start = time.perf_counter()
@@ -101,7 +103,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         job = job_of(args, Path(temporary))
         denoiser = load_denoiser(job.family, "embedded", device)
-        multiquantizer.build(denoiser, job.family, job.args.multi_chkpt)
+        multiquantizer.build(QuantizedModel(denoiser, **job.family.quantization), job.args.multi_chkpt)
         reference = fid.reference_statistics(digit_reference_folder(), make_extractor(job, device), device)
         ours, seconds, in_denoiser = label_ours(job, device, reference)
         published, published_seconds = label_as_published(job, device, Path(temporary) / "png")

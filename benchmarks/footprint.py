@@ -32,19 +32,20 @@ def measure(name, device):
     """One family's figures, in this process."""
     family, denoiser = FAMILIES[name], random_denoiser(name).to(device)
     registry.fit(torch.eye(2, 4, dtype=family.dtype, device=device))  # compile, which is no part of fitting
+    float_model = QuantizedModel(denoiser, **family.quantization)
     weight_bytes = sum(p.nbytes for p in denoiser.parameters())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mq.pt"
         reset_peak_memory(device)
-        fit_seconds = timed(device, lambda: multiquantizer.build(denoiser, family, path))
+        fit_seconds = timed(device, lambda: multiquantizer.build(float_model, path))
         peak = peak_memory(device)
         with quiet_loading():
             denoiser.to(compute_dtype(family, device))
         loaded = []
-        load_seconds = timed(device, lambda: loaded.extend(multiquantizer.load(path, denoiser, family)))
-        slots, entries = loaded
+        load_seconds = timed(device, lambda: loaded.append(multiquantizer.load(path, float_model)))
         file_bytes = path.stat().st_size
-    model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
+    (model,) = loaded
+    slots = model.slots
     first = config.draw_random(slots, seed=0, index=0)
     changed = {key: next(m for m in registry.SEARCH_SPACE if m != first[key]) for key in list(first)[::10]}
     second = first | {slot.key: changed[slot.tie] for slot in slots.values() if slot.tie in changed}
@@ -56,7 +57,7 @@ def measure(name, device):
         "weights_per_second": round(weights / fit_seconds),
         "peak_gb_beyond_weights": round((peak - weight_bytes) / 1e9, 2),
         "file_bytes": file_bytes,
-        "published_bytes": published.file_bytes(denoiser, family),
+        "published_bytes": published.file_bytes(model),
         "load_seconds": round(load_seconds, 2),
         "apply_seconds": round(timed(device, lambda: model.apply(first)), 2),
         "switch_seconds": round(timed(device, lambda: model.apply(second)), 2),

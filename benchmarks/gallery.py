@@ -15,7 +15,6 @@ from benchmarks.embedded_quality import make_pictures, prompts_and_answers
 from models.families import FAMILIES
 from models.pipelines import Extras, load_sampler, refiner_of
 from quant.model import QuantizedModel
-from quant.slots import find_slots
 
 COLUMNS = (("full precision", None), ("4 bits (K-Means-C)", "kmeans-4"), ("3 bits (UAQ)", "mse-3"))
 PICTURES = 5  # per model and column
@@ -26,7 +25,7 @@ def pictures_of(family):
     """uint8 [columns, PICTURES, 64, 64, 3] of the family's embedded model."""
     sampler = load_sampler(family, "embedded", torch.device("cpu"), Extras(refiner_of(family, "embedded")))
     prompts, _ = prompts_and_answers(family, PICTURES, PICTURES)
-    model = QuantizedModel.of_slots(sampler.denoiser, find_slots(sampler.denoiser, family.slot_rules), family.dtype)
+    model = QuantizedModel(sampler.denoiser, **family.quantization)
     columns = []
     for _, method in COLUMNS:
         model.apply(method) if method else model.restore()

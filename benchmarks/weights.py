@@ -11,7 +11,7 @@ from models import geometry
 from models.components import quiet_loading
 from models.families import FAMILIES
 from models.pipelines import load_denoiser
-from quant.multiquantizer import slot_weight
+from quant.model import QuantizedModel
 from quant.slots import find_slots, free_keys, weight_layers
 
 POOL = 2**24
@@ -59,5 +59,5 @@ def embedded_weights(name):
     """All fitted weights of the family's embedded model: {key: [C, ...]}."""
     family = FAMILIES[name]
     denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
-    slots = find_slots(denoiser, family.slot_rules)
-    return {key: slot_weight(denoiser, slots[key], family) for key in free_keys(slots)}
+    model = QuantizedModel(denoiser, **family.quantization)
+    return {key: model.weight(key) for key in free_keys(model.slots)}

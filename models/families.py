@@ -82,6 +82,11 @@ class Family:
     def precision_bits(self):
         return torch.finfo(self.dtype).bits
 
+    @property
+    def quantization(self):
+        """Arguments of quant's `QuantizedModel` beside the denoiser."""
+        return {"dtype": self.dtype, "rules": self.slot_rules, "name": self.name}
+
 
 PUBLISHED_CONFIGS = "https://github.com/Ascend-Research/Qua2SeDiMo"  # the paper's repository
 NO_BINNING = ("use_resolution_binning", False)  # images of just the size asked for
@@ -187,7 +192,7 @@ FAMILIES = {
             guidance=7.5,
             q_config="quant_configs/sdv15_40.pkl",
             slot_rules=SlotRules(
-                splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", hidden_channels),), key_names=compvis_names
+                splits=((r"up_blocks\.\d+\.resnets\.\d+\.conv_shortcut", hidden_channels),), file_names=compvis_names
             ),
             fp_weights=859_077_120,
             num_layers=282,

@@ -1,13 +1,16 @@
-"""A quantization configuration: {key: method} for every weight slot of a denoiser."""
+"""A quantization configuration: {key: method} for every weight slot of a denoiser.
+
+In files the keys are those of quant/file_keys.py; `load` gives weights' own keys.
+"""
 
 import numpy as np
-import torch
 
 from errors import InputError
 from quant.entries import fitted
+from quant.file_keys import by_file_key, by_weight, file_ties, tied_file_key
 from quant.files import load_pickle, save_pickle
 from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, fp_size_bytes, quantizer
-from quant.slots import WeightSlot, free_keys, tied_key
+from quant.slots import ANY_MODULE, free_keys, ties_of
 
 UNIFORM = "uniform:"
 
@@ -24,7 +27,7 @@ def draw_random(slots, seed, index, a_l=0.0, a_u=1.0):
     bits = np.where(rng.random(len(keys)) < share, min(BITS), max(BITS))
     algorithms = rng.integers(len(ALGORITHMS), size=len(keys))
     chosen = {key: f"{ALGORITHMS[a]}-{b}" for key, a, b in zip(keys, algorithms, bits, strict=True)}
-    return expand_ties(chosen, slots)
+    return expand_ties(chosen, ties_of(slots))
 
 
 def uniform(slots, method):
@@ -32,32 +35,31 @@ def uniform(slots, method):
     return dict.fromkeys(slots, method)
 
 
-def expand_ties(configuration, slots):
-    """The configuration with each tied slot that it leaves out taking its tie's method."""
+def expand_ties(configuration, ties):
+    """The configuration with each key of `ties` {key: key of the weight it shares} that it leaves out as its tie."""
     expanded = dict(configuration)
-    by_tie = {slots[key].tie: method for key, method in configuration.items() if key in slots}
-    for key, slot in slots.items():
-        if key not in expanded and slot.tie in by_tie:
-            expanded[key] = by_tie[slot.tie]
-    return {key: expanded.pop(key) for key in slots if key in expanded} | expanded
+    by_tie = {ties[key]: method for key, method in configuration.items() if key in ties}
+    for key, tie in ties.items():
+        if key not in expanded and tie in by_tie:
+            expanded[key] = by_tie[tie]
+    return {key: expanded.pop(key) for key in ties if key in expanded} | expanded
 
 
-def check(configuration, slots, name="configuration"):
-    """Raise InputError, naming the key, unless every slot has a known method and ties agree."""
-    unknown = [key for key in configuration if key not in slots]
+def check(configuration, ties, name="configuration"):
+    """Raise InputError, naming the key, unless every key of `ties` has a known method, and that of its tie."""
+    unknown = [key for key in configuration if key not in ties]
     if unknown:
         raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
-    missing = [key for key in slots if key not in configuration]
+    missing = [key for key in ties if key not in configuration]
     if missing:
-        raise InputError(f"{name}: {len(missing)} of {len(slots)} keys are missing, first {missing[0]}")
+        raise InputError(f"{name}: {len(missing)} of {len(ties)} keys are missing, first {missing[0]}")
     for key, method in configuration.items():
         if not _is_known(method):
             raise InputError(f"{name}: unknown method {method!r} for {key}; {POSSIBLE}")
-    for key, slot in slots.items():
-        if configuration[key] != configuration[slot.tie]:
+    for key, tie in ties.items():
+        if configuration[key] != configuration[tie]:
             raise InputError(
-                f"{name}: {key} is {configuration[key]}, but it shares the weights of {slot.tie}, "
-                f"which is {configuration[slot.tie]}"
+                f"{name}: {key} is {configuration[key]}, but it shares the weights of {tie}, which is {configuration[tie]}"
             )
 
 
@@ -70,63 +72,60 @@ def _is_known(method):
 
 
 def load(spec, slots, read=None):
-    """The checked configuration that `spec` names: a file `name.pkl` holding {key: method}, or `uniform:kmeans-4`.
+    """The checked configuration that `spec` names: a file `name.pkl` holding {file key: method}, or `uniform:kmeans-4`.
 
-    `read` gives the content of other specifications than these, {key: method}; it is `read_file` by default.
+    `read` gives the content of other specifications than these, {file key: method}; it is `read_file` by default.
     """
-    spec = str(spec)
-    if spec.startswith(UNIFORM):
-        configuration = uniform(slots, spec.removeprefix(UNIFORM))
-    else:
-        configuration = expand_ties((read or read_file)(spec), slots)
-    check(configuration, slots, spec)
+    return by_weight(_complete(str(spec), file_ties(slots), _told(str(spec), read)), slots)
+
+
+def _told(spec, read):
+    """{file key: method} of what `spec` names; nothing where it tells one method for all."""
+    return {} if spec.startswith(UNIFORM) else (read or read_file)(spec)
+
+
+def _complete(spec, ties, told):
+    """The checked configuration {file key: method} that `told`, read of `spec`, means for the keys of `ties`."""
+    is_uniform = spec.startswith(UNIFORM)
+    configuration = uniform(ties, spec.removeprefix(UNIFORM)) if is_uniform else expand_ties(told, ties)
+    check(configuration, ties, spec)
     return configuration
 
 
-def check_file(spec, entries, family, read=None):
-    """InputError if `load` is going to refuse what `spec` names for the denoiser of a multiquantizer's entries.
+def check_file(spec, entries, rules=ANY_MODULE, read=None):
+    """InputError if `load` is going to refuse what `spec` names for the denoiser of `entries` {file key: entry}.
 
-    They have all of its slots but those that share others' weights. None, where only weights tell them, are not asked.
+    They have all of its slots but those that share others' weights, by the slot rules. None, where only weights tell
+    them, are not asked.
     InputError also if a weight is to take a quantizer that its entry has not.
     """
-    spec = str(spec)
-    if spec.startswith(UNIFORM):
-        slots = _slots(entries or ["every weight"])
-        configuration = uniform(slots, spec.removeprefix(UNIFORM))
-    else:
-        configuration = (read or read_file)(spec)
-        slots = _slots(configuration if entries is None else entries)
-        ties = {key: tied_key(key, family.slot_rules) for key in configuration if key not in slots}
-        slots |= {key: WeightSlot(key, "", torch.Size(), tie) for key, tie in ties.items() if tie in slots}
-        configuration = expand_ties(configuration, slots)
-    check(configuration, slots, spec)
-    for key, method in configuration.items() if entries else ():
-        fitted(entries, slots[key], method)
+    told = _told(str(spec), read)
+    known = (told or ["every weight"]) if entries is None else entries
+    ties = {key: tied_file_key(key, rules) for key in told}
+    ties = {key: key for key in known} | {key: tie for key, tie in ties.items() if key not in known and tie in known}
+    for key, method in _complete(str(spec), ties, told).items() if entries else ():
+        fitted(entries[ties[key]], key, method)
 
 
 def check_space(entries):
     """InputError unless all of the search space, which random configurations are of, is in a multiquantizer's entries."""
-    for slot in _slots(entries).values():
+    for key, entry in entries.items():
         for word in SEARCH_SPACE:
-            fitted(entries, slot, word)
+            fitted(entry, key, word)
 
 
-def _slots(keys):
-    """{key: slot} of weights of which nothing but the key is known."""
-    return {key: WeightSlot(key, "", torch.Size(), key) for key in keys}
-
-
-def save(configuration, path):
-    save_pickle(configuration, path)
+def save(configuration, slots, path):
+    """Write a configuration, as `load` reads it."""
+    save_pickle(by_file_key(configuration, slots), path)
 
 
 def read_file(path):
-    """{key: method} of the file at `path`, its keys and methods unchecked; InputError if it holds anything else."""
+    """{file key: method} of the file at `path`, its keys and methods unchecked; InputError if it holds anything else."""
     return methods_of(load_pickle(path), path)
 
 
 def methods_of(content, path):
-    """{key: method} of what was read from `path`: that itself, or a {key: [method, ...]} of labelled results."""
+    """{file key: method} of what was read from `path`: that itself, or a {file key: [method, ...]} of labelled results."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: not a configuration {{key: method}}")
     # In a row of labelled results each value is [method, FP bytes, quantized bytes, error].
@@ -134,13 +133,13 @@ def methods_of(content, path):
 
 
 def describe(configuration, slots, entries, precision_bits):
-    """{key: [method, FP bytes, quantized bytes with overhead, error]}, as labelled results hold it."""
+    """{key: [method, FP bytes, quantized bytes with overhead, error]}; labelled results hold it by file key."""
     return {
         key: [
             method,
             fp_size_bytes(slots[key].shape, precision_bits),
             quantizer(method).size_bytes(slots[key].shape, precision_bits),
-            fitted(entries, slots[key], method, "errors"),
+            fitted(entries[slots[key].tie], key, method, "errors"),
         ]
         for key, method in configuration.items()
     }

@@ -48,15 +48,15 @@ def has_words(entry, words=SEARCH_SPACE):
     return set(words) <= entry["parameters"].keys()
 
 
-def fitted(entries, slot, word, part="parameters"):
-    """What the entry of a slot's weight holds of a word: its parameters or, `part` being "errors", its error.
+def fitted(entry, key, word, part="parameters"):
+    """What a weight's entry holds of a word: its parameters or, `part` being "errors", its error.
 
-    InputError, naming the weight and what there is, where it was not fitted.
+    InputError, naming the weight by its `key` and what there is, where it was not fitted.
     """
-    held = entries[slot.tie][part]
+    held = entry[part]
     if word not in held:
         raise InputError(
-            f"{slot.key}: the multiquantizer has only {', '.join(held)}, not {word}; choose one of these, "
+            f"{key}: the multiquantizer has only {', '.join(held)}, not {word}; choose one of these, "
             "or fit it (fit_entry in quant/entries.py)"
         )
     return held[word]

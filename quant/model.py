@@ -23,7 +23,7 @@ from quant.memory import return_free_memory
 from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
 from quant.registry import SEARCH_SPACE
-from quant.slots import ANY_MODULE, SlotRules, find_slots, free_keys
+from quant.slots import SlotRules, find_slots, free_keys, ties_of
 
 SHOWN_AFTER_SECONDS = 2  # a bar
 
@@ -34,37 +34,52 @@ class QuantizedModel:
     `dtype` is the precision P that quantizers are fitted in and sizes are counted in; None: the weights' own. `include`
     and `exclude` are patterns of whole module paths. `splits` {pattern: boundary} give a weight two quantizers, the first
     on the input channels before the boundary, a number or a function (module, path, layer). `ties` {pattern: path} name
-    the layer that others share their weights with.
+    the layer that others share their weights with; InputError if the weights differ. `rules` are all of these in one
+    SlotRules, in their place. `name` is what files say that they are of; None: the module's class.
 
-    Attributes: `slots` {key: WeightSlot}; `entries` {key: entry}, empty until fitted (see quant/entries.py); `module`.
+    A weight's key is a `WeightKey`: the module's path, and the part, which is 1 for the second part of a split weight.
+
+    Attributes: `slots` {key: WeightSlot}; `entries` {key: entry}, empty until fitted (see quant/entries.py); `module`;
+    `name`; `dtype`.
     """
 
-    def __init__(self, module, dtype=None, include=None, exclude=(), splits=None, ties=None, key_names=ANY_MODULE.key_names):
-        rules = SlotRules(
+    def __init__(
+        self, module, dtype=None, include=None, exclude=(), splits=None, ties=None, rules: SlotRules | None = None, name=None
+    ):
+        rules = rules or SlotRules(
             None if include is None else tuple(include),
             tuple(exclude),
             tuple((splits or {}).items()),
             tuple((ties or {}).items()),
-            key_names,
         )
-        self._set(module, find_slots(module, rules), dtype, {})
+        self._set(module, find_slots(module, rules), dtype, {}, name)
+        self._check_ties()
 
     @classmethod
-    def of_slots(cls, module, slots, dtype=None, entries=None):
+    def of_slots(cls, module, slots, dtype=None, entries=None, name=None):
         """The model of slots that are known, with what was fitted to them."""
         model = cls.__new__(cls)
-        model._set(module, slots, dtype, entries or {})
+        model._set(module, slots, dtype, entries or {}, name)
         return model
 
-    def _set(self, module, slots, dtype, entries):
+    def _set(self, module, slots, dtype, entries, name):
         if not slots:
             raise InputError(f"{type(module).__name__}: has no Linear or convolution whose weight could be quantized")
         if isinstance(module, ModelMixin):
             _refuse_fused(module, slots)
         self.module, self.slots, self.entries = module, slots, entries
+        self.name = name or type(module).__name__
         first = module.get_submodule(next(iter(slots.values())).module_path)
         self.dtype = dtype or first.weight.dtype
         self._parts = None
+
+    def _check_ties(self):
+        for key, tie in ties_of(self.slots).items():
+            if key == tie:
+                continue
+            own, shared = self.weight(key), self.weight(tie)
+            if not own.is_meta and not torch.equal(own, shared):
+                raise InputError(f"{key}: its weights differ from {tie}, which it is to share")
 
     @property
     def precision_bits(self):
@@ -81,23 +96,26 @@ class QuantizedModel:
         slot = self.slots[key]
         return slot.part_of(self.module.get_submodule(slot.module_path).weight.detach()).to(self.dtype)
 
-    @torch.no_grad()
     def fit(self, methods=SEARCH_SPACE, show=True):
         """Fit quantizers of the `methods` (words) to every weight that has none yet; returns `entries`."""
         keys = [key for key in free_keys(self.slots) if not self._fitted(key) >= set(methods)]
         for key in self._bar(keys, "fitting", show):
-            self._fit_slot(key, methods)
+            self.fit_weight(key, methods)
         return self.entries
 
     def _fitted(self, key):
         return set(self.entries[key]["parameters"]) if key in self.entries else set()
 
-    def _fit_slot(self, key, methods):
+    @torch.no_grad()
+    def fit_weight(self, key, methods=SEARCH_SPACE):
+        """Fit quantizers of the `methods` that it lacks to one weight."""
         missing = tuple(method for method in methods if method not in self._fitted(key))
+        if not missing:
+            return
         try:
             entry = fit_entry(self.weight(key), missing)
         except ValueError as reason:
-            raise InputError(f"{self.slots[key].module_path}: {reason}") from None
+            raise InputError(f"{key}: {reason}") from None
         known = self.entries.setdefault(key, entry)
         for each in ("parameters", "errors"):
             known[each] = known[each] | entry[each]
@@ -107,15 +125,20 @@ class QuantizedModel:
         return config.uniform(self.slots, method)
 
     def configuration(self, chosen):
-        """The checked configuration {key: method} of `chosen`: a method for all, or {key or module path: method}."""
+        """The checked configuration {key: method} of `chosen`: a method for all, or {name: method}.
+
+        A name is a module path, for all parts of its weight, or a key (module path, part), which has the last word.
+        """
         if isinstance(chosen, str):
             return self.uniform(chosen)
         keys_at = {}
-        for key, slot in self.slots.items():
-            keys_at.setdefault(slot.module_path, []).append(key)
-        named = {key: method for name, method in chosen.items() for key in keys_at.get(name, [name])}
-        configuration = config.expand_ties(named, self.slots)
-        config.check(configuration, self.slots)
+        for key in self.slots:
+            keys_at.setdefault(key.path, []).append(key)
+        parts = {name: method for name, method in chosen.items() if not isinstance(name, str)}
+        whole = {key: chosen[path] for path in chosen if path not in parts for key in keys_at.get(path, [path])}
+        ties = ties_of(self.slots)
+        configuration = config.expand_ties(whole | parts, ties)
+        config.check(configuration, ties)
         return configuration
 
     @property
@@ -149,8 +172,7 @@ class QuantizedModel:
     def parameters(self, key, method):
         """The parameters {name: tensor} of a method for a slot; fitted now if they were not."""
         tie = self.slots[key].tie
-        if method not in self._fitted(tie):
-            self._fit_slot(tie, [method])
+        self.fit_weight(tie, [method])
         return self.entries[tie]["parameters"][method]
 
     def pack(self, configuration, show=True):
@@ -178,8 +200,7 @@ class QuantizedModel:
 
     def _ties(self):
         """{path of a layer: path of the layer whose weights it shares}."""
-        ties = {slot.module_path: self.slots[slot.tie].module_path for slot in self.slots.values()}
-        return {path: shared for path, shared in ties.items() if path != shared}
+        return {key.path: tie.path for key, tie in ties_of(self.slots).items() if key != tie}
 
     def describe(self, configuration):
         """{key: [method, bytes at P, quantized bytes with overhead, error]} of a configuration, fitted where need be."""

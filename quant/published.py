@@ -1,10 +1,8 @@
 """Multiquantizer files of the published system, read into this project's entries.
 
-Per key they hold `<key>.quant_params.<method>`: for K-Means the quantized weight itself, for UAQ the
-scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
+Per weight, `<key>` being its file key, they hold `<key>.quant_params.<method>`: for K-Means the quantized weight itself, for
+UAQ the scales and zero points stacked as [2, C, 1 ...]; and `<key>.loss_dict.<method>`, which is recomputed.
 """
-
-import re
 
 import torch
 
@@ -12,7 +10,7 @@ from errors import InputError
 from quant import uaq
 from quant.entries import make_entry
 from quant.registry import SEARCH_SPACE, quantizer
-from quant.slots import find_slots, free_keys, in_part, key_of
+from quant.slots import find_slots, free_keys, in_part
 
 
 def is_published(content):
@@ -20,30 +18,34 @@ def is_published(content):
 
 
 def shapes(content):
-    """{key: shape of its weight}, as the K-Means tensors have it."""
+    """{file key: shape of its weight}, as the K-Means tensors have it."""
     ending = ".quant_params.kmeans-4"
     return {k.removesuffix(ending): tuple(v.shape) for k, v in content.items() if k.endswith(ending) and torch.is_tensor(v)}
 
 
-def check_keys(content, path, slots, family):
-    """Raise InputError, naming the first, if the file has weights that this denoiser has not, or the other way round."""
+def check_keys(content, path, model):
+    """Raise InputError, naming the first, if the file has weights that this denoiser has not, or the other way round.
+
+    Weights that it has but does not quantize are passed over.
+    """
     keys = dict.fromkeys(key.partition(".quant_params.")[0] for key in content if ".quant_params." in key)
-    skipped = [re.compile(key_of(skip)) for skip in family.slot_rules.exclude]
-    unknown = [k for k in keys if ".weight_quantizer" in k and k not in slots and not any(s.fullmatch(k) for s in skipped)]
+    known = {slot.file_key for slots in (model.slots, find_slots(model.module)) for slot in slots.values()}
+    unknown = [key for key in keys if ".weight_quantizer" in key and key not in known]
     if unknown:
         raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
-    for key in free_keys(slots):
+    for key in (model.slots[key].file_key for key in free_keys(model.slots)):
         for name in SEARCH_SPACE:
             if f"{key}.quant_params.{name}" not in content:
                 raise InputError(f"{path}: has no {name} for {key}")
 
 
-def convert(content, path, weights):
-    """Entries {key: entry} for the float `weights` {key: tensor} that the file was made from.
+def convert(content, path, model):
+    """Entries {key: entry} for the model's weights, which the file was made from.
 
     K-Means weights come out bit for bit; UAQ codes are rounded in the precision of its scales.
     """
-    return {key: _convert_slot(content, path, key, weight) for key, weight in weights.items()}
+    keys = free_keys(model.slots)
+    return {key: _convert_slot(content, path, model.slots[key].file_key, model.weight(key)) for key in keys}
 
 
 def _convert_slot(content, path, key, weight):
@@ -97,13 +99,13 @@ def _read_kmeans(tensor, weight, method):
 READERS = {"mse": _read_uaq, "kmeans": _read_kmeans, "kmeans_all": _read_kmeans}  # by algorithm
 
 
-def file_bytes(denoiser, family, prefix=""):
-    """Bytes of the tensors in a published file of this denoiser, or of its modules in `prefix`.
+def file_bytes(model, prefix=""):
+    """Bytes of the tensors in a published file of a QuantizedModel, or of its modules in `prefix`.
 
     Per slot: four quantized weights (two K-Means at two bit widths), a scale and a zero point per
     output channel at two bit widths, six half-precision errors; no file overhead, and not the
     float weights and biases, which published files also hold.
     """
-    element = family.precision_bits // 8
-    slots = (slot for slot in find_slots(denoiser, family.slot_rules).values() if in_part(slot, prefix))
+    element = model.precision_bits // 8
+    slots = (slot for slot in model.slots.values() if in_part(slot, prefix))
     return sum(element * (4 * slot.shape.numel() + 4 * slot.shape[0]) + 6 * 2 for slot in slots)

@@ -37,7 +37,6 @@ class Quantizer:
     algorithm: ClassVar[str]  # in words
     tables: ClassVar[tuple[str, ...]]  # names of the parameters that turn codes back into weights
     optional: ClassVar[tuple[str, ...]] = ("codes",)  # what else parameters may hold
-    numbers: ClassVar[int]  # in the tables of a channel, group or whole weight, at most; in the weights' precision
     is_affine: ClassVar[bool] = False  # whether weights are whole numbers times a scale, so that products may be of those
     takes_groups: ClassVar[bool] = True
     on_host: ClassVar[bool] = False  # whether the CPU fits it, whatever device the weight is on
@@ -80,9 +79,10 @@ class Quantizer:
         """Size of the codes and of what decodes them; `precision_bits` is the float weights' own.
 
         What decodes: UAQ's scale and zero point per output channel, K-Means-C's 2^b centroids per output channel, per
-        group where there are any; K-Means-A's 2^b centroids. (Mills et al., 2025.)
+        group where there are any; K-Means-A's 2^b centroids. (Mills et al., 2025.) Fewer weights than 2^b that share a
+        codebook have a centroid each.
         """
-        overhead_bits = math.prod(self.lead(shape)) * self.numbers * precision_bits
+        overhead_bits = len(self.tables) * math.prod(self.table_shape(shape)) * precision_bits
         return math.prod(shape) * self.bits // 8 + overhead_bits // 8
 
     def lead(self, shape):
@@ -140,7 +140,6 @@ class Uniform(Quantizer):
     """UAQ: codes are whole numbers, shifted by a zero point and scaled; see quant/uaq.py."""
 
     algorithm, tables, is_affine = "mse", ("scale", "zero_point"), True
-    numbers = 2
 
     @staticmethod
     def fit_block(block, bits):
@@ -178,10 +177,6 @@ class ChannelKMeans(Quantizer):
     """
 
     algorithm, tables, optional = "kmeans", ("centroids",), ("boundaries", "codes")
-
-    @property
-    def numbers(self):
-        return 2**self.bits
 
     @staticmethod
     def fit_block(block, bits):

@@ -1,4 +1,4 @@
-"""From a module to its weight slots: every quantizable weight, its configuration key, its part and its tie.
+"""From a module to its weight slots: every quantizable weight, its key, its parts and its tie.
 
 What is particular to a model is data, in `SlotRules`; the rules' defaults suit any module.
 """
@@ -6,11 +6,13 @@ What is particular to a model is data, in `SlotRules`; the rules' defaults suit 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from errors import InputError
+from quant.file_keys import file_key
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -25,7 +27,7 @@ class SlotRules:
     # what a function (module, path, layer) gives.
     splits: tuple[tuple[str, int | Callable], ...] = ()
     ties: tuple[tuple[str, str], ...] = ()  # (pattern, path of the layer whose weights it shares, with its groups)
-    key_names: Callable = lambda module: {}  # module -> {module path: its name in keys}
+    file_names: Callable = lambda module: {}  # module -> {module path: its name in the keys of files}
 
     def takes(self, path):
         """Whether the weight layer at `path` is quantized."""
@@ -43,43 +45,45 @@ class SlotRules:
 ANY_MODULE = SlotRules()
 
 
+class WeightKey(NamedTuple):
+    """Which weight it is: the path of its layer and, where the weight is split, the number of the part."""
+
+    path: str  # of the module
+    part: int = 0
+
+    def __str__(self):
+        return f"{self.path} (part {self.part})" if self.part else self.path
+
+
 @dataclass(frozen=True)
 class WeightSlot:
     """One weight, or part of one, that takes one quantizer."""
 
-    key: str  # in configurations: model.<module path>.weight_quantizer, or ..._0 of a split weight's second part
-    module_path: str  # in the denoiser, diffusers' own name
+    key: WeightKey
     shape: torch.Size  # [C, ...], C output channels
-    tie: str  # key of the slot whose weights this one shares; its own key if none
+    tie: WeightKey  # of the slot whose weights this one shares; its own key if none
+    file_key: str  # what files name it by; see quant/file_keys.py
     inputs: tuple[int, int] | None = None  # the part's input channels, first to before last; None: the whole weight
+
+    @property
+    def module_path(self):
+        return self.key.path
 
     def part_of(self, weight):
         """The slot's part of its layer's weight [C, ...], a view."""
         return weight if self.inputs is None else weight[:, slice(*self.inputs)]
 
 
-def key_of(name, part=0):
-    """The configuration key of a module by its name in keys, and of its first or second part."""
-    return f"model.{name}.weight_quantizer" + ("_0" if part else "")
-
-
-def tied_key(key, rules):
-    """Key of the slot whose weights the slot of `key` shares; its own if none."""
-    path = key.removeprefix("model.").removesuffix(".weight_quantizer")
-    shared = rules.shared_path(path)
-    return key if shared == path else key_of(shared)
-
-
 def find_slots(module, rules=ANY_MODULE):
     """The slots {key: WeightSlot} of a module's weights, in module order. Works on the meta device."""
-    names = rules.key_names(module)
+    names = rules.file_names(module)
     slots = {}
     for path, layer in weight_layers(module, rules):
         check_weight(path, layer)
         for part, inputs in enumerate(_parts(module, path, layer, rules)):
-            key, tie = (key_of(names.get(p, p), part) for p in (path, rules.shared_path(path)))
+            key, tie = WeightKey(path, part), WeightKey(rules.shared_path(path), part)
             shape = torch.Size(_part_shape(layer.weight.shape, inputs))
-            slots[key] = WeightSlot(key, path, shape, tie, inputs)
+            slots[key] = WeightSlot(key, shape, tie, file_key(names.get(path, path), part), inputs)
     return slots
 
 
@@ -111,6 +115,11 @@ def check_weight(path, layer):
         )
 
 
+def ties_of(slots):
+    """{key: key of the weight that it shares, its own if none}."""
+    return {key: slot.tie for key, slot in slots.items()}
+
+
 def free_keys(slots):
     """The keys that a configuration may choose: one of each tie."""
     return [key for key, slot in slots.items() if slot.tie == key]
@@ -123,9 +132,9 @@ def move_boundaries(slots, shapes):
     """
     moved = dict(slots)
     for key, slot in slots.items():
-        rest = slots.get(f"{key}_0")
+        rest = slots.get(key._replace(part=1))
         shape = shapes.get(key, ())
-        if rest is None or len(shape) != len(slot.shape) or not 0 < shape[1] < rest.inputs[1]:
+        if key.part or rest is None or len(shape) != len(slot.shape) or not 0 < shape[1] < rest.inputs[1]:
             continue
         for part, inputs in ((slot, (0, shape[1])), (rest, (shape[1], rest.inputs[1]))):
             moved[part.key] = replace(part, inputs=inputs, shape=torch.Size(_part_shape(part.shape, inputs)))

@@ -4,8 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from errors import InputError
-from quant import config
-from quant.files import check_writable
+from quant.files import check_writable, save_pickle
 from stages.common import check_extra, finite
 from stages.score_sources import complete, load_scores, parser_of
 
@@ -22,7 +21,7 @@ def main():
     else:
         codes = scores.best_within(args.avg_bits)
     configuration = scores.space.configuration(codes)
-    config.save(configuration, args.output)
+    save_pickle(configuration, args.output)
     counts = Counter(configuration.values())
     print(f"{args.output}: average {scores.space.avg_bits(codes):.3f} bits")
     print(", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=counts.get, reverse=True)))

@@ -12,11 +12,11 @@ from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
 from models.components import is_packed, quiet_loading
 from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, model_of, pick_device
-from quant import config, layers, multiquantizer
+from quant import config, layers
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import remove_leftovers, save_png
 from quant.packed_state import size_of
-from stages import q_config
+from stages import multi_chkpt, q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
@@ -45,7 +45,7 @@ def main(family):
     device = pick_device(args.device)
     check_first(args, family, device)
     flags = args | {
-        "multi_chkpt_key": None if args.packed else multiquantizer.file_key(args.multi_chkpt, family),
+        "multi_chkpt_key": None if args.packed else multi_chkpt.key(args.multi_chkpt, family),
         "q_config_key": q_config.key(args.q_config),
     }
     chosen = args.cls_id if family.num_classes else args.prompt
@@ -73,7 +73,7 @@ def check_first(args, family, device):
             f"{args.q_config}: no such file; it comes with the paper's repository ({PUBLISHED_CONFIGS}), others are made by "
             "build_config.py or labelled (quant_cache.pkl:best); `--q_config uniform:mse-4` needs none"
         )
-    entries = multiquantizer.read(args.multi_chkpt, family)
+    entries = multi_chkpt.read(args.multi_chkpt, family)
     q_config.check(args.q_config, entries, family)
     check_sampling(args, family, device)
 
@@ -148,7 +148,7 @@ def run(family, args, flags, device, prompts, folder):
 
 def chosen(args, family, denoiser):
     """(what puts the configuration into the denoiser, its average bits, its bytes)."""
-    model = multiquantizer.load_model(args.multi_chkpt, denoiser, family)
+    model = multi_chkpt.load(args.multi_chkpt, family, denoiser)
     configuration = q_config.load(args.q_config, model.slots)
     description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)

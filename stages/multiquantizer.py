@@ -7,6 +7,7 @@ from models.lora import open_lora
 from models.pipelines import load_denoiser, pick_device
 from quant import multiquantizer, published
 from quant.files import check_writable
+from quant.model import QuantizedModel
 from stages.common import in_precision, multiquantizer_of, parser_for
 
 
@@ -17,17 +18,18 @@ def main(family):
     check_outputs(args, family, path)
     loras = [open_lora(each) for each in args.lora]
     denoiser = load_denoiser(family, args.model_id, pick_device(args.device), loras)
+    model = QuantizedModel(denoiser, **family.quantization)
     if args.stitch:
-        stitch(denoiser, family, path, args.overwrite)
+        stitch(model, family.prefixes, path, args.overwrite)
     elif args.prefix:
-        fit(denoiser, family, multiquantizer.part_path(path, args.prefix), args.overwrite, args.prefix)
+        fit(model, multiquantizer.part_path(path, args.prefix), args.overwrite, args.prefix)
         missing = [prefix for prefix in family.prefixes if not multiquantizer.part_path(path, prefix).exists()]
         if missing:
             print(f"parts still to fit: --prefix {', '.join(missing)}")
         else:
-            stitch(denoiser, family, path, args.overwrite)
+            stitch(model, family.prefixes, path, args.overwrite)
     else:
-        fit(denoiser, family, path, args.overwrite)
+        fit(model, path, args.overwrite)
 
 
 def check_outputs(args, family, path):
@@ -35,7 +37,7 @@ def check_outputs(args, family, path):
     for each in {path, multiquantizer.part_path(path, args.prefix) if args.prefix else path}:
         check_writable(each)
         if not args.overwrite:
-            multiquantizer.check_replaceable(each, family)
+            multiquantizer.check_replaceable(each, family.name)
 
 
 def parse_args(family):
@@ -54,19 +56,19 @@ def parse_args(family):
     return parser.parse_args()
 
 
-def fit(denoiser, family, path, overwrite, prefix=""):
-    if not overwrite and multiquantizer.holds(path, denoiser, family, prefix):
+def fit(model, path, overwrite, prefix=""):
+    if not overwrite and multiquantizer.holds(path, model, prefix):
         print(f"{path}: holds the quantizers of these weights already; --overwrite fits them anew")
         return
     start = time.monotonic()
-    entries = multiquantizer.build(denoiser, family, path, prefix, overwrite)
-    own_bytes, published_bytes = path.stat().st_size, published.file_bytes(denoiser, family, prefix)
+    entries = multiquantizer.build(model, path, prefix, overwrite)
+    own_bytes, published_bytes = path.stat().st_size, published.file_bytes(model, prefix)
     print(
         f"{path}: {len(entries)} layers fitted in {time.monotonic() - start:.1f} s; {own_bytes:,} bytes, "
         f"{published_bytes / own_bytes:.0f} times smaller than the published format's {published_bytes:,}"
     )
 
 
-def stitch(denoiser, family, path, overwrite):
-    entries = multiquantizer.stitch(denoiser, family, path, overwrite)
-    print(f"{path}: {len(entries)} layers of {len(family.prefixes)} parts; {path.stat().st_size:,} bytes")
+def stitch(model, prefixes, path, overwrite):
+    entries = multiquantizer.stitch(model, path, prefixes, overwrite)
+    print(f"{path}: {len(entries)} layers of {len(prefixes)} parts; {path.stat().st_size:,} bytes")

@@ -5,6 +5,7 @@ from pathlib import Path
 from autobuild import graph
 from errors import InputError
 from models.families import FAMILIES
+from quant.file_keys import by_file_key
 from stages import q_config
 from stages.common import OneLineParser, check_extra
 
@@ -36,6 +37,8 @@ def parse_args():
 
 
 def configuration_of(args):
+    """{file key: method} of what --q_config names, as the graph's nodes are named; None without it."""
     if args.q_config is None:
         return None
-    return q_config.load(args.q_config, graph.slots_of_family(args.family)[1])
+    slots = graph.slots_of_family(args.family)[1]
+    return by_file_key(q_config.load(args.q_config, slots), slots)

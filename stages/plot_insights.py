@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from quant.file_keys import by_file_key
 from quant.files import check_writable
 from stages import q_config
 from stages.common import check_extra, finite
@@ -16,7 +17,8 @@ def main():
 
     check_writable(args.outdir / "ranking.csv")
     best = args.q_config is None
-    chosen = None if best else q_config.load(args.q_config, slots_of_family(family.name)[1])
+    slots = slots_of_family(family.name)[1]
+    chosen = None if best else by_file_key(q_config.load(args.q_config, slots), slots)
     scores = load_scores(args, family, args.avg_bits if best else None)
     space = scores.space
     codes = scores.best_within(args.avg_bits) if best else space.codes_of(chosen)

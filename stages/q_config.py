@@ -20,7 +20,7 @@ def load(spec, slots):
 
 def check(spec, entries, family):
     """InputError if `load` is going to refuse what `spec` names, as `config.check_file` has it."""
-    config.check_file(spec, entries, family, _from_file)
+    config.check_file(spec, entries, family.slot_rules, _from_file)
 
 
 def key(spec):

@@ -23,7 +23,7 @@ SAVE_SECONDS = 20
 
 
 class Kept:
-    """A file of {denoiser: {key: (fingerprint, what is known of the weight)}}, and the settings that this depends on."""
+    """A file of {denoiser: {file key: (fingerprint, what is known of the weight)}}, and what settings this depends on."""
 
     def __init__(self, path, settings, flag=None):
         self.path, self.settings, self.saved = Path(path), settings, time.monotonic()
@@ -44,14 +44,14 @@ class Kept:
             raise InputError(f"{self.path}: was measured with {content['settings']}, not {self.settings}; {way_out}")
         return kept if same else {}
 
-    def get(self, name, key, mark):
-        """What is known of a weight; None if nothing is, or it was another weight."""
-        found = self.content.get(name, {}).get(key)
+    def get(self, name, slot, mark):
+        """What is known of a slot's weight; None if nothing is, or it was another weight."""
+        found = self.content.get(name, {}).get(slot.file_key)
         return found[1] if found is not None and found[0] == mark else None
 
-    def put(self, name, key, mark, known):
-        """Keep what is known of a weight; it is written now and then, and by `save`."""
-        self.content.setdefault(name, {})[key] = (mark, known)
+    def put(self, name, slot, mark, known):
+        """Keep what is known of a slot's weight; it is written now and then, and by `save`."""
+        self.content.setdefault(name, {})[slot.file_key] = (mark, known)
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
@@ -77,13 +77,13 @@ def fit(model, name, words_of, kept, device):
 def _fit_one(model, name, key, words, kept, device):
     weight = model.weight(key)
     mark = fingerprint(weight)
-    entry = kept.get(name, key, mark)
+    entry = kept.get(name, model.slots[key], mark)
     if entry is None or not set(words) <= entry["parameters"].keys():
         try:
             entry = fit_entry(weight.to(device), words)
         except ValueError as reason:
-            raise InputError(f"{name}.{model.slots[key].module_path}: {reason}") from None
-        kept.put(name, key, mark, entry)
+            raise InputError(f"{name}.{key}: {reason}") from None
+        kept.put(name, model.slots[key], mark, entry)
     model.entries[key] = entry
 
 
@@ -116,21 +116,22 @@ def choose(space, known, avg_bits):
 
 def measure(model, name, space, replay, kept):
     """{key: (changes [M], shifts [M, K])} of the six words for each of the model's weights, asked one after another."""
-    known = {}
     marks = {keys[0]: model.entries[keys[0]]["fingerprint"] for keys in space.keys}
-    left = [keys for keys in space.keys if kept.get(name, keys[0], marks[keys[0]]) is None]
+
+    def known(key):
+        return kept.get(name, model.slots[key], marks[key])
+
+    left = [keys for keys in space.keys if known(keys[0]) is None]
     done = len(space.keys) - len(left)
     start = time.monotonic()
     for number, keys in enumerate(tqdm(left, desc=f"asking {name}", unit="weight", initial=done, total=len(space.keys))):
-        kept.put(name, keys[0], marks[keys[0]], _measure_one(model, keys, replay))
+        kept.put(name, model.slots[keys[0]], marks[keys[0]], _measure_one(model, keys, replay))
         if number == 0:
             told = as_time((time.monotonic() - start) * (len(left) - 1))
             tqdm.write(f"{name}: about {told} left for {len(left) - 1} weights; less with a lower --n_imgs or --calls")
             kept.save()
     kept.save()
-    for keys in space.keys:
-        known[keys[0]] = kept.get(name, keys[0], marks[keys[0]])
-    return known
+    return {keys[0]: known(keys[0]) for keys in space.keys}
 
 
 def _measure_one(model, keys, replay):

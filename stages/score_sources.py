@@ -14,9 +14,9 @@ from autobuild import space as spaces
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import pick_device
-from quant import multiquantizer
+from quant.file_keys import by_file_key
 from quant.files import atomic_write, check_writable, load_checkpoint
-from stages import prompt_files
+from stages import multi_chkpt, prompt_files
 from stages.common import OneLineParser, at_least, in_precision, parser_for
 from stages.library_notes import Once, library_notes
 from stages.sampling import (
@@ -103,10 +103,10 @@ def measured(args, family, avg_bits):
     hand_over = family.refiner.hand_over if getattr(args, "refiner_id", None) else None
     args |= {"refiner_id": None}  # it is never asked
     check_sampling(args, family, device)
-    entries = multiquantizer.read(args.multi_chkpt, family)
+    entries = multi_chkpt.read(args.multi_chkpt, family)
     told = {
         "prompts_key": prompt_files.key(prompts),
-        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "multiquantizer_key": multi_chkpt.key(args.multi_chkpt, family),
         "hand_over": hand_over,
     }
     flags = flags_of(args | told)
@@ -124,25 +124,29 @@ def measured(args, family, avg_bits):
 
 
 def measure_missing(args, family, flags, device, prompts, keys, known):
-    """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries."""
+    """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries.
+
+    All of these are by file key.
+    """
     from autobuild.sensitivity import Probe, record_calls
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
-    model = multiquantizer.load_model(args.multi_chkpt, sampler.denoiser, family)
+    model = multi_chkpt.load(args.multi_chkpt, family, sampler.denoiser)
     settings = settings_of(args, flags["hand_over"])
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, settings, args.calls), settings.batch_size)
+    parts, entries = (by_file_key(each, model.slots) for each in (model.parts, model.entries))
     left = [each for each in keys if each[0] not in known]
     start = time.monotonic()
     for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
         shared = left[place]
-        known[shared[0]] = measure([model.parts[key] for key in shared], model.entries[shared[0]]["parameters"], probe)
+        known[shared[0]] = measure([parts[key] for key in shared], entries[shared[0]]["parameters"], probe)
         with atomic_write(args.sensitivity) as file:
             torch.save({"flags": flags, "weights": known}, file)
         if place == 0:
             told = as_time((time.monotonic() - start) * (len(left) - 1))
             tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
-    return model.entries
+    return entries
 
 
 def measure(parts, parameters, probe):

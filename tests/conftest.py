@@ -25,6 +25,7 @@ from models import geometry
 from models.clip import load_clip
 from models.families import FAMILIES
 from quant import multiquantizer
+from quant.model import QuantizedModel
 from stages.common import log
 from stages.labelling import eval_random
 
@@ -139,6 +140,11 @@ def tiny_dit(layers=2):
     return tiny("dit", num_layers=layers)
 
 
+def tiny_model(name, denoiser=None):
+    """The QuantizedModel of a tiny denoiser, a new one if none is given, by the family's name."""
+    return QuantizedModel(denoiser or tiny(name), **FAMILIES[name].quantization)
+
+
 def tiny_inputs(name, denoiser):
     """Arguments of a call of the tiny denoiser for two pictures."""
     torch.manual_seed(1)
@@ -151,7 +157,7 @@ def tiny_mq(built_once):
 
     def path_of(name):
         def build(folder):
-            multiquantizer.build(tiny(name), FAMILIES[name], folder / "mq.pt")
+            multiquantizer.build(tiny_model(name), folder / "mq.pt")
 
         return built_once(f"tiny_{name}", build) / "mq.pt"
 
@@ -164,7 +170,8 @@ def load_tiny(tiny_mq):
 
     @functools.cache
     def load(name):
-        return multiquantizer.load(tiny_mq(name), tiny(name), FAMILIES[name])
+        model = multiquantizer.load(tiny_mq(name), tiny_model(name))
+        return model.slots, model.entries
 
     return lambda name: (tiny(name), *load(name))
 
@@ -266,6 +273,11 @@ def folds_here():
 @pytest.fixture
 def denoiser():
     return tiny_dit()
+
+
+@pytest.fixture
+def model(denoiser):
+    return tiny_model("dit", denoiser)
 
 
 @pytest.fixture

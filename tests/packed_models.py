@@ -4,14 +4,12 @@ import functools
 import math
 
 import torch
-from conftest import TINY, tiny, tiny_inputs
+from conftest import TINY, tiny, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from zoo import ZOO, denoisers
 
-from models.families import FAMILIES
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
-from quant.slots import find_slots
 
 OTHERS = list(denoisers.CONFIGS)
 NAMES = [*OTHERS, *(f"tiny_{name}" for name in TINY)]
@@ -48,8 +46,7 @@ def quantized_model(name, denoiser):
     """The `QuantizedModel` of a denoiser: its family's, with splits and ties, or that of any."""
     if not name.startswith("tiny_"):
         return QuantizedModel(denoiser)
-    family = FAMILIES[name.removeprefix("tiny_")]
-    return QuantizedModel.of_slots(denoiser, find_slots(denoiser, family.slot_rules), family.dtype)
+    return tiny_model(name.removeprefix("tiny_"), denoiser)
 
 
 def mixed(model):

@@ -8,9 +8,9 @@ from evaluation import fid, quant_cache
 from models.clip import CLIP_MODEL, load_clip
 from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
-from quant import config, multiquantizer
+from quant import config
 from quant.files import remove_leftovers, save_text
-from stages import q_config
+from stages import multi_chkpt, q_config
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.labelling import successive_halving
 from stages.labelling.forecast import check_disk
@@ -36,7 +36,7 @@ def main(family):
     flags = args | {
         "reference": reference,
         "reference_key": fid.folder_key(reference, times=False),
-        "multiquantizer_key": multiquantizer.file_key(args.multi_chkpt, family),
+        "multiquantizer_key": multi_chkpt.key(args.multi_chkpt, family),
         "prompts_key": job.prompts_key,
         "halving_key": f"{args.budget_images} of {args.num_archs}" if args.budget_images else None,
     }
@@ -57,7 +57,7 @@ def check_first(args, family, device):
     """InputError for what flags and small files tell to be wrong, before anything large is read."""
     needs_ray(args)
     check_sampling(args, family, device)
-    entries = multiquantizer.read(args.multi_chkpt, family)
+    entries = multi_chkpt.read(args.multi_chkpt, family)
     for spec in args.q_config:
         q_config.check(spec, entries, family)
     if entries and not args.q_config:

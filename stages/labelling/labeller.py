@@ -17,8 +17,9 @@ from models.embedded.judge import DigitFeatures
 from models.families import FAMILIES
 from models.listening import timed
 from models.pipelines import is_embedded, meta_denoiser
-from quant import config, multiquantizer
-from stages import prompt_files, q_config
+from quant import config
+from quant.file_keys import by_file_key
+from stages import multi_chkpt, prompt_files, q_config
 from stages.common import in_precision
 from stages.labelling.stopwatch import Stopwatch
 from stages.sampling import encode_for, load_encoded, settings_of
@@ -95,7 +96,7 @@ class Labeller:
         self.on_drawn = lambda count: None  # told how many images have come
         self.sampler = load_encoded(self.args, self.family, device, embeddings)
         denoiser = self.sampler.denoiser
-        self.model = multiquantizer.load_model(self.args.multi_chkpt, denoiser, self.family)
+        self.model = multi_chkpt.load(self.args.multi_chkpt, self.family, denoiser)
         self.macs = count_macs(meta_denoiser(denoiser), self.sampler.denoiser_inputs(self.args.res))
 
     def configuration(self, index):
@@ -118,7 +119,7 @@ class Labeller:
             "avg_bits": config.avg_bits(description, precision_bits),
             "quantized_error": float(sum(row[3] for row in description.values())),
             "bops": tera_bops(self.macs, self.model.slots, {key: row[0] for key, row in description.items()}),
-            "config": description,
+            "config": by_file_key(description, self.model.slots),
         }
 
     def measure(self, task, full_precision=None):

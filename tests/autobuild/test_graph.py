@@ -8,7 +8,8 @@ from autobuild import draw, graph
 from autobuild.graph import of_family
 from models.families import FAMILIES
 from quant import config
-from quant.slots import find_slots, free_keys, key_of
+from quant.file_keys import by_file_key, file_key
+from quant.slots import find_slots, free_keys
 from stages import plot_dag
 from stages.run import run_main
 
@@ -28,7 +29,7 @@ def sources(traced, name):
 def test_every_weight_once_and_edges_forward(name):
     traced = of_family(name)
     _, slots = graph.slots_of_family(name)
-    assert sorted(node.name for node in traced.weights) == sorted(free_keys(slots))
+    assert sorted(node.name for node in traced.weights) == sorted(slots[key].file_key for key in free_keys(slots))
     assert all(source < node for source, node in traced.edges)
     read = {source for source, _ in traced.edges}
     assert [node.name for number, node in enumerate(traced.nodes) if number not in read] == [traced.nodes[-1].name]
@@ -149,9 +150,9 @@ def test_other_denoisers_come_through_the_same_code(name, combining):
     slots = find_slots(denoiser)
     traced = graph.trace(denoiser, ZOO[name].inputs(denoiser), slots)
     read = {source for source, _ in traced.edges}
-    assert {node.name for node in traced.weights} == set(slots)
+    assert {node.name for node in traced.weights} == {slot.file_key for slot in slots.values()}
     assert (traced.counts()["adaln"], traced.counts()["matmul"]) == combining
-    assert [node.name for number, node in enumerate(traced.nodes) if number not in read] == [key_of("proj_out")]
+    assert [node.name for number, node in enumerate(traced.nodes) if number not in read] == [file_key("proj_out")]
 
 
 def test_a_picture_of_a_block(tmp_path, monkeypatch, capsys):
@@ -195,5 +196,5 @@ def test_layout_keeps_order_and_nothing_overlaps():
 
 def test_configurations_colour_all_weights():
     _, slots = graph.slots_of_family("dit")
-    configuration = config.draw_random(slots, 1, 0)
+    configuration = by_file_key(config.draw_random(slots, 1, 0), slots)
     assert len({draw.color_of(node, configuration) for node in of_family("dit").weights}) == 6

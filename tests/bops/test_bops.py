@@ -11,7 +11,7 @@ from bops.bops import tera_bops
 from bops.macs import Macs, count_macs
 from models import geometry
 from models.families import FAMILIES
-from quant.slots import ANY_MODULE, WeightSlot, find_slots
+from quant.slots import ANY_MODULE, WeightKey, WeightSlot, find_slots
 
 
 def test_layers_by_hand():
@@ -29,11 +29,12 @@ def test_layers_by_hand():
     assert macs.norms == 2 * 6 * 64
 
 
-def slot(key, path, shape, inputs=None):
-    return WeightSlot(key, path, torch.Size(shape), key, inputs)
+def slot(shape, path, part=0, inputs=None):
+    key = WeightKey(path, part)
+    return WeightSlot(key, torch.Size(shape), key, str(key), inputs)
 
 
-WHOLE = {name: slot(name, name, (2, 5)) for name in "abc"}
+WHOLE = {name: slot((2, 5), name) for name in "abc"}
 
 
 def test_sum_by_hand():
@@ -53,11 +54,11 @@ def test_methods_outside_the_search_space(method, bits):
 
 def test_parts_share_their_layer_by_input_channels():
     """A 3x3 convolution of 3 + 5 channels to 2 on 7 positions: 7 x 2 x 27 and 7 x 2 x 45 multiply-accumulates."""
-    slots = {"x": slot("x", "conv", (2, 3, 3, 3), (0, 3)), "x_0": slot("x_0", "conv", (2, 5, 3, 3), (3, 8))}
+    slots = {"x": slot((2, 3, 3, 3), "conv", 0, (0, 3)), "rest": slot((2, 5, 3, 3), "conv", 1, (3, 8))}
     macs = Macs(layers={"conv": 7 * 2 * 72})
     for first, rest, bits in [("mse-3", "mse-4", (3, 4)), ("mse-4", "kmeans-3", (4, 16)), (None, "mse-3", (16, 3))]:
         expected = 7 * 2 * 27 * bits[0] * 8 + 7 * 2 * 45 * bits[1] * 8
-        assert tera_bops(macs, slots, {"x": first, "x_0": rest}, act_bits=8) * 1e12 == pytest.approx(expected)
+        assert tera_bops(macs, slots, {"x": first, "rest": rest}, act_bits=8) * 1e12 == pytest.approx(expected)
 
 
 @functools.cache

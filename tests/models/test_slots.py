@@ -14,7 +14,7 @@ from models import geometry
 from models.compvis import compvis_names
 from models.families import FAMILIES
 from quant import config
-from quant.slots import find_slots, free_keys, in_part, key_of, move_boundaries, weight_layers
+from quant.slots import WeightKey, find_slots, free_keys, in_part, move_boundaries, weight_layers
 
 # family -> keys, weight layers, weights (published), free keys, split weights
 COUNTS = {
@@ -61,12 +61,17 @@ def real_slots(name):
     return find_slots(real(name), FAMILIES[name].slot_rules)
 
 
+def by_file(name):
+    """{file key: slot}."""
+    return {slot.file_key: slot for slot in real_slots(name).values()}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_layers_and_weights(name):
     family, slots = FAMILIES[name], real_slots(name)
     layers = [module for module in real(name).modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
     weights = sum(slot.shape.numel() for slot in slots.values())
-    splits = sum(key.endswith("_0") for key in slots)
+    splits = sum(key.part for key in slots)
     assert (len(slots), len(layers), weights, len(free_keys(slots)), splits) == COUNTS[name]
     assert (family.num_keys, family.num_layers, family.fp_weights) == COUNTS[name][:3]
     assert all(slot.key == key for key, slot in slots.items())
@@ -83,8 +88,8 @@ def test_keys_layers_and_weights(name):
         ("dit", "model.transformer_blocks.27.ff.net.0.proj.weight_quantizer"),
     ],
 )
-def test_keys_as_published(name, key):
-    assert key in real_slots(name)
+def test_keys_in_files_as_published(name, key):
+    assert key in by_file(name)
 
 
 def test_the_timestep_embedders_are_tied():
@@ -92,7 +97,7 @@ def test_the_timestep_embedders_are_tied():
     tied = [slot for slot in slots.values() if slot.tie != slot.key]
     assert len(tied) == 2 * 27
     for slot in tied:
-        assert slot.tie.startswith("model.transformer_blocks.0.norm1.emb.timestep_embedder.linear_")
+        assert slot.tie.path.startswith("transformer_blocks.0.norm1.emb.timestep_embedder.linear_")
         assert slots[slot.tie].shape == slot.shape
 
 
@@ -132,16 +137,15 @@ def test_boundaries_are_where_a_call_concatenates(name):
     assert len(seen) == COUNTS[name][4] and len(split) == 2 * len(seen)
     for slot in split:
         hidden, skip = seen[slot.module_path]
-        assert slot.inputs == ((hidden, hidden + skip) if slot.key.endswith("_0") else (0, hidden)), slot
-        assert slot.shape[1] == (skip if slot.key.endswith("_0") else hidden)
+        assert slot.inputs == ((hidden, hidden + skip) if slot.key.part else (0, hidden)), slot
+        assert slot.shape[1] == (skip if slot.key.part else hidden)
 
 
 def test_sdxl_boundaries_by_hand():
     """Hidden channels come from the resnet before: the first of a block still has those of the block before it."""
     slots = real_slots("sdxl")
     inputs = [
-        [slots[key_of(f"up_blocks.{i}.resnets.{j}.conv1", part)].inputs for j in range(3) for part in (0, 1)]
-        for i in range(3)
+        [slots[f"up_blocks.{i}.resnets.{j}.conv1", part].inputs for j in range(3) for part in (0, 1)] for i in range(3)
     ]
     assert inputs[0] == [(0, 1280), (1280, 2560), (0, 1280), (1280, 2560), (0, 1280), (1280, 1920)]
     assert inputs[1] == [(0, 1280), (1280, 1920), (0, 640), (640, 1280), (0, 640), (640, 960)]
@@ -149,10 +153,10 @@ def test_sdxl_boundaries_by_hand():
 
 
 def test_part_of_a_weight():
-    key = key_of("up_blocks.1.resnets.0.conv1")
+    path = "up_blocks.1.resnets.0.conv1"
     weight = torch.randn(640, 1920, 1, 1)
     slots = real_slots("sdxl")
-    halves = [slots[key].part_of(weight), slots[f"{key}_0"].part_of(weight)]
+    halves = [slots[path, part].part_of(weight) for part in (0, 1)]
     assert torch.equal(torch.cat(halves, dim=1), weight)
     assert halves[0].shape == (640, 1280, 1, 1) and halves[1].data_ptr() != weight.data_ptr()
     halves[0].zero_()
@@ -160,16 +164,17 @@ def test_part_of_a_weight():
 
 
 def test_boundaries_move_with_the_shapes():
-    slots, key = real_slots("sdxl"), key_of("up_blocks.1.resnets.0.conv1")
-    moved = move_boundaries(slots, {key: (640, 640, 3, 3)})
-    assert moved[key].inputs == (0, 640) and moved[key].shape == (640, 640, 3, 3)
-    assert moved[f"{key}_0"].inputs == (640, 1920) and moved[f"{key}_0"].shape == (640, 1280, 3, 3)
+    slots, path = real_slots("sdxl"), "up_blocks.1.resnets.0.conv1"
+    moved = move_boundaries(slots, {WeightKey(path): (640, 640, 3, 3)})
+    first, rest = moved[path, 0], moved[path, 1]
+    assert first.inputs == (0, 640) and first.shape == (640, 640, 3, 3)
+    assert rest.inputs == (640, 1920) and rest.shape == (640, 1280, 3, 3)
     assert list(moved) == list(slots) and sum(slots[k] != moved[k] for k in slots) == 2
 
 
 @pytest.mark.parametrize("shape", [(640, 0, 3, 3), (640, 1920, 3, 3), (640, 2000, 3, 3), (640, 640), ()])
 def test_shapes_that_make_no_sense_move_nothing(shape):
-    assert move_boundaries(real_slots("sdxl"), {key_of("up_blocks.1.resnets.0.conv1"): shape}) == real_slots("sdxl")
+    assert move_boundaries(real_slots("sdxl"), {WeightKey("up_blocks.1.resnets.0.conv1"): shape}) == real_slots("sdxl")
 
 
 def test_every_slot_is_in_one_part():
@@ -177,19 +182,20 @@ def test_every_slot_is_in_one_part():
     assert len(parts) == 7
     for slot in real_slots("sdxl").values():
         assert [prefix for prefix in parts if in_part(slot, prefix)] == [slot.module_path.split(".")[0]]
-    assert not in_part(real_slots("sdxl")[key_of("conv_in")], "conv")
+    assert not in_part(real_slots("sdxl")["conv_in", 0], "conv")
 
 
 @pytest.mark.parametrize("compvis", CHECKPOINT)
 def test_compvis_keys_have_the_checkpoint_s_weights(compvis):
-    slot = real_slots("sdv15")[f"model.{compvis}.weight_quantizer"]
+    slot = by_file("sdv15")[f"model.{compvis}.weight_quantizer"]
     assert slot.shape == CHECKPOINT[compvis]
     assert real("sdv15").get_submodule(slot.module_path).weight.shape == CHECKPOINT[compvis]
 
 
 def test_a_split_skip_connection_has_the_checkpoint_s_weight():
     """output_blocks.8.0.skip_connection is [640, 960, 1, 1] in the checkpoint."""
-    first, rest = (real_slots("sdv15")[key_of("output_blocks.8.0.skip_connection", part)] for part in (0, 1))
+    key = "model.output_blocks.8.0.skip_connection.weight_quantizer"
+    first, rest = (by_file("sdv15")[key + ending] for ending in ("", "_0"))
     assert first.shape == (640, 640, 1, 1) and rest.shape == (640, 320, 1, 1)
     assert first.module_path == rest.module_path == "up_blocks.2.resnets.2.conv_shortcut"
 
@@ -234,7 +240,7 @@ def test_full_precision_bytes(name):
 def topology(denoiser, family):
     """All that does not depend on widths: modules, keys, ties and which keys are parts, in order."""
     modules = [(path, type(module).__name__) for path, module in denoiser.named_modules()]
-    slots = [(s.key, s.module_path, s.tie, s.inputs is not None) for s in find_slots(denoiser, family.slot_rules).values()]
+    slots = [(s.key, s.tie, s.file_key, s.inputs is not None) for s in find_slots(denoiser, family.slot_rules).values()]
     return modules, slots
 
 

@@ -4,15 +4,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import SPLIT_FAMILIES, tiny
+from conftest import SPLIT_FAMILIES, tiny, tiny_model
 
 from errors import InputError
 from models.families import FAMILIES
-from quant import config, multiquantizer
-from quant.entries import fit_entry
-from quant.model import QuantizedModel
+from quant import config
+from quant.file_keys import by_file_key
+from quant.files import save_pickle
 from quant.registry import SEARCH_SPACE, quantizer
-from quant.slots import find_slots, free_keys
+from quant.slots import WeightKey, find_slots, free_keys, ties_of
 
 TIED = "model.transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight_quantizer"
 
@@ -26,7 +26,7 @@ def test_random_depends_on_seed_and_index_alone(slots):
     one = config.draw_random(slots, seed=1, index=5)
     assert one == config.draw_random(slots, seed=1, index=5)
     assert one != config.draw_random(slots, seed=1, index=6) and one != config.draw_random(slots, seed=2, index=5)
-    config.check(one, slots)
+    config.check(one, ties_of(slots))
 
 
 def test_random_covers_the_space(slots):
@@ -46,13 +46,13 @@ def test_random_respects_its_bounds(slots):
 
 def test_save_and_load(tmp_path, slots):
     drawn = config.draw_random(slots, 0, 0)
-    config.save(drawn, tmp_path / "c.pkl")
+    config.save(drawn, slots, tmp_path / "c.pkl")
     assert config.load(tmp_path / "c.pkl", slots) == drawn
 
 
 def test_free_keys_suffice(tmp_path, slots):
     drawn = config.draw_random(slots, 0, 0)
-    config.save({key: drawn[key] for key in free_keys(slots)}, tmp_path / "c.pkl")
+    config.save({key: drawn[key] for key in free_keys(slots)}, slots, tmp_path / "c.pkl")
     assert config.load(tmp_path / "c.pkl", slots) == drawn
 
 
@@ -62,7 +62,7 @@ def test_uniform(slots):
 
 def test_rows_of_a_cache_are_no_configuration(tmp_path, slots):
     """Labelled rows are read by stages/q_config.py."""
-    config.save([{"config": config.uniform(slots, "mse-4")}], tmp_path / "quant_cache.pkl")
+    save_pickle([{"config": by_file_key(config.uniform(slots, "mse-4"), slots)}], tmp_path / "quant_cache.pkl")
     with pytest.raises(InputError, match=r"quant_cache\.pkl: not a configuration"):
         config.load(tmp_path / "quant_cache.pkl", slots)
 
@@ -79,15 +79,15 @@ def test_rows_of_a_cache_are_no_configuration(tmp_path, slots):
     ],
 )
 def test_bad_configurations_are_named(tmp_path, slots, change, message):
-    config.save(config.uniform(slots, "mse-4") | change, tmp_path / "c.pkl")
+    save_pickle(by_file_key(config.uniform(slots, "mse-4"), slots) | change, tmp_path / "c.pkl")
     with pytest.raises(InputError, match=message):
         config.load(tmp_path / "c.pkl", slots)
 
 
 def test_missing_key_is_named(tmp_path, slots):
-    less = config.uniform(slots, "mse-4")
+    less = by_file_key(config.uniform(slots, "mse-4"), slots)
     del less["model.proj_out_2.weight_quantizer"]
-    config.save(less, tmp_path / "c.pkl")
+    save_pickle(less, tmp_path / "c.pkl")
     with pytest.raises(InputError, match=r"1 of .* missing, first model\.proj_out_2"):
         config.load(tmp_path / "c.pkl", slots)
 
@@ -110,12 +110,11 @@ OTHERS = ["mse-8", "kmeans-2", "kmeans_all-5", "mse-4-g16"]
 @pytest.mark.parametrize("word", OTHERS)
 def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
     """Fitted, they are applied and told like the six."""
-    denoiser, slots, entries = load_tiny("hunyuan")
-    weights = {key: multiquantizer.slot_weight(denoiser, slot, FAMILIES["hunyuan"]) for key, slot in slots.items()}
-    entries = {key: fit_entry(weights[key], [word]) for key in entries}
-    model = QuantizedModel.of_slots(denoiser, slots, FAMILIES["hunyuan"].dtype, entries)
+    denoiser, slots, _ = load_tiny("hunyuan")
+    model = tiny_model("hunyuan", denoiser)
+    weights, entries = {key: model.weight(key) for key in slots}, model.fit([word])
     chosen = config.load(f"uniform:{word}", slots)
-    config.check_file(f"uniform:{word}", entries, FAMILIES["hunyuan"])
+    config.check_file(f"uniform:{word}", by_file_key(entries, slots))
     model.apply(chosen)
     described = config.describe(chosen, slots, entries, precision_bits=16)
     for key, slot in slots.items():
@@ -128,19 +127,20 @@ def test_methods_outside_the_search_space_are_taken(word, slots, load_tiny):
 def test_methods_that_were_not_fitted_are_told(slots, load_tiny):
     """The first weight that lacks one is named, and what the multiquantizer has"""
     _, slots, entries = load_tiny("dit")
-    chosen, first = config.uniform(slots, "mse-8"), next(iter(slots))
+    chosen, first = config.uniform(slots, "mse-8"), next(iter(slots.values()))
     held = "mse-4, mse-3, kmeans-4, kmeans-3, kmeans_all-4, kmeans_all-3"
-    message = rf"^{re.escape(first)}: the multiquantizer has only {held}, not mse-8; [^\n]*$"
-    for refuse in (
-        lambda: config.describe(chosen, slots, entries, 16),
-        lambda: config.check_file("uniform:mse-8", entries, FAMILIES["dit"]),
+    for name, refuse in (
+        (first.module_path, lambda: config.describe(chosen, slots, entries, 16)),
+        (first.file_key, lambda: config.check_file("uniform:mse-8", by_file_key(entries, slots))),
     ):
+        message = rf"^{re.escape(name)}: the multiquantizer has only {held}, not mse-8; [^\n]*$"
         with pytest.raises(InputError, match=message):
             refuse()
 
 
 def test_what_random_configurations_need_is_told(load_tiny):
-    _, _, entries = load_tiny("dit")
+    _, slots, entries = load_tiny("dit")
+    entries = by_file_key(entries, slots)
     config.check_space(entries)
     key = list(entries)[3]
     parameters = {word: own for word, own in entries[key]["parameters"].items() if word != "kmeans-3"}
@@ -163,7 +163,7 @@ EACH_KEY = pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys 
 def published_style(name, path, seed=0):
     """A {key: method} pickle of the tiny denoiser, as published ones are: plain, every key, no order promised."""
     slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
-    content = dict(reversed(config.draw_random(slots, seed, 0).items()))
+    content = dict(reversed(by_file_key(config.draw_random(slots, seed, 0), slots).items()))
     path.write_bytes(pickle.dumps(content, protocol=4))
     return slots, content
 
@@ -172,14 +172,14 @@ def published_style(name, path, seed=0):
 def test_published_pickles_load(name, tmp_path):
     slots, content = published_style(name, tmp_path / "c.pkl")
     loaded = config.load(tmp_path / "c.pkl", slots)
-    assert loaded == content and list(loaded) == list(slots)
-    assert set(KEYS[name]) <= loaded.keys()
+    assert by_file_key(loaded, slots) == content and list(loaded) == list(slots)
+    assert set(KEYS[name]) <= content.keys()
 
 
 @EACH_KEY
 def test_missing_keys_of_each_family_are_named(name, key, tmp_path):
     slots, content = published_style(name, tmp_path / "c.pkl")
-    config.save({k: v for k, v in content.items() if k != key}, tmp_path / "c.pkl")
+    save_pickle({k: v for k, v in content.items() if k != key}, tmp_path / "c.pkl")
     with pytest.raises(InputError, match=rf"c\.pkl: 1 of {len(slots)} keys are missing, first {key}$"):
         config.load(tmp_path / "c.pkl", slots)
 
@@ -188,9 +188,23 @@ def test_missing_keys_of_each_family_are_named(name, key, tmp_path):
 def test_unknown_keys_of_each_family_are_named(name, key, tmp_path):
     slots, content = published_style(name, tmp_path / "c.pkl")
     unknown = key.removesuffix("_0") + "_1"
-    config.save(content | {unknown: "mse-4"}, tmp_path / "c.pkl")
+    save_pickle(content | {unknown: "mse-4"}, tmp_path / "c.pkl")
     with pytest.raises(InputError, match=rf"c\.pkl: 1 keys are not of this denoiser, first {unknown}$"):
         config.load(tmp_path / "c.pkl", slots)
+
+
+def test_a_weight_is_named_by_its_path_and_a_part_by_its_number():
+    """Of SDv1.5 too, whose files have other names; a part named by itself has the last word."""
+    model, split = tiny_model("sdv15"), "up_blocks.0.resnets.0.conv_shortcut"
+    by_path = {key.path: "mse-4" for key in model.slots}
+    chosen = model.configuration({(split, 1): "mse-3"} | by_path)
+    assert chosen[split, 0] == "mse-4" and chosen[split, 1] == "mse-3" and list(chosen) == list(model.slots)
+    told = by_file_key(chosen, model.slots)
+    assert [key for key, method in told.items() if method == "mse-3"] == [KEYS["sdv15"][1]]
+    with pytest.raises(InputError, match=r"first up_blocks\.0\.resnets\.0\.conv_shortcut \(part 2\)$"):
+        model.configuration(by_path | {WeightKey(split, 2): "mse-3"})
+    with pytest.raises(InputError, match=r"1 keys are not of this denoiser, first nowhere$"):
+        model.configuration(by_path | {"nowhere": "mse-3"})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -207,17 +221,17 @@ def test_random_configurations_check_and_load(name, tmp_path):
     slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
     for index in range(5):
         drawn = config.draw_random(slots, 0, index)
-        config.check(drawn, slots)
-        config.save({key: drawn[key] for key in free_keys(slots)}, tmp_path / "c.pkl")
+        config.check(drawn, ties_of(slots))
+        config.save({key: drawn[key] for key in free_keys(slots)}, slots, tmp_path / "c.pkl")
         assert config.load(tmp_path / "c.pkl", slots) == drawn
 
 
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
 def test_the_parts_of_a_weight_are_drawn_apart(name):
     slots = find_slots(tiny(name), FAMILIES[name].slot_rules)
-    rest = [key for key in slots if key.endswith("_0")]
+    rest = [key for key in slots if key.part]
     drawn = [config.draw_random(slots, 0, index) for index in range(20)]
-    pairs = {(configuration[key.removesuffix("_0")], configuration[key]) for configuration in drawn for key in rest}
+    pairs = {(configuration[key.path, 0], configuration[key]) for configuration in drawn for key in rest}
     assert rest and len(pairs) > 20  # of 36, at random
 
 
@@ -229,7 +243,7 @@ def test_each_part_pays_its_own_overhead(method, overhead_numbers, load_tiny):
     """A [16, 32] skip_linear is two [16, 16] halves, each with its own scales or centroids of two bytes."""
     _, slots, entries = load_tiny("hunyuan")
     described = config.describe(config.uniform(slots, method), slots, entries, precision_bits=16)
-    keys = [f"model.blocks.5.skip_linear.weight_quantizer{ending}" for ending in ("", "_0")]
+    keys = [("blocks.5.skip_linear", part) for part in (0, 1)]
     for key, overhead in zip(keys, overhead_numbers, strict=True):
         assert described[key][:3] == [method, 16 * 16 * 2, 16 * 16 * quantizer(method).bits // 8 + 2 * overhead]
         assert described[key][3] == entries[key]["errors"][method]

@@ -6,6 +6,7 @@ import torch
 from models import geometry
 from models.families import FAMILIES
 from quant import multiquantizer
+from quant.file_keys import file_key
 from quant.model import QuantizedModel
 from quant.registry import quantizer
 from quant.slots import find_slots, in_part
@@ -64,12 +65,13 @@ def test_a_step_with_a_configuration(name):
 
 
 def test_six_fits_at_full_width(tmp_path, family):
-    denoiser = few_blocks("dit")
+    model = QuantizedModel(few_blocks("dit"), **family.quantization)
     path, prefix = tmp_path / "mq.pt", "transformer_blocks.0.attn1.to_q"
-    multiquantizer.build(denoiser, family, path, prefix)
+    multiquantizer.build(model, path, prefix)
     content = torch.load(path, weights_only=True)["slots"]
     (key,) = content
-    weight = multiquantizer.slot_weight(denoiser, find_slots(denoiser, family.slot_rules)[key], family)
+    assert key == file_key(prefix)
+    weight = model.weight((prefix, 0))
     assert content[key]["shape"] == [1152, 1152]
     for method, parameters in content[key]["parameters"].items():
         change = (quantizer(method).apply(weight, parameters).float() - weight.float()).norm() / weight.float().norm()

@@ -15,7 +15,7 @@ from quant.activations import set_activation_bits
 from quant.exchangeable import install
 from quant.layers import packed_layers, weight_bytes
 from quant.model import QuantizedModel
-from quant.slots import WeightSlot, find_slots
+from quant.slots import WeightKey, WeightSlot, find_slots, ties_of
 
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sdv15")]
 EACH = pytest.mark.parametrize("quantized", ["dit", *SPLIT_FAMILIES], indirect=True)
@@ -211,7 +211,7 @@ def test_weights_are_the_methods_weights(quantized):
     """Each part of a layer's weight, cut where its slot says, as the part's own method represents it."""
     originals = {key: weight.to(quantized.family.dtype) for key, weight in quantized.weights().items()}
     configuration = config.draw_random(quantized.slots, 3, 3)
-    config.check(configuration, quantized.slots)
+    config.check(configuration, ties_of(quantized.slots))
     quantized.apply(configuration)
     expected = {}  # module path -> its quantized parts
     for key, slot in quantized.slots.items():
@@ -221,7 +221,7 @@ def test_weights_are_the_methods_weights(quantized):
     for path, weights in expected.items():
         weight = quantized.denoiser.get_submodule(path).weight
         assert torch.equal(weight, torch.cat(weights, dim=1).float()), path
-    assert sum(len(weights) == 2 for weights in expected.values()) == sum(key.endswith("_0") for key in quantized.slots)
+    assert sum(len(weights) == 2 for weights in expected.values()) == sum(key.part for key in quantized.slots)
 
 
 @EACH
@@ -246,7 +246,8 @@ def quantizable(layer, family, boundaries):
     slots = {}
     for number, inputs in enumerate(itertools.pairwise(boundaries)):
         shape = layer.weight[:, slice(*inputs)].shape
-        slots[f"part {number}"] = WeightSlot(f"part {number}", "0", shape, f"part {number}", inputs)
+        key = WeightKey("0", number)
+        slots[key] = WeightSlot(key, shape, key, str(key), inputs)
     parts = install(holder, slots if len(slots) > 1 else find_slots(holder), family.dtype)
     return holder[0], list(parts.values())
 

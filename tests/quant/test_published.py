@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SPLIT_FAMILIES, tiny, tiny_dit
+from conftest import SPLIT_FAMILIES, tiny, tiny_dit, tiny_model
 from sklearn.cluster import KMeans
 from test_uaq import published_search
 
 from errors import InputError
 from models.families import FAMILIES
 from quant import multiquantizer, published, uaq
-from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE, quantizer
-from quant.slots import find_slots, free_keys, key_of
+from quant.slots import find_slots, free_keys
 
 SIX = {word: quantizer(word) for word in SEARCH_SPACE}
 
@@ -38,79 +37,70 @@ def published_uaq_weight(weight, pair, bits):
 
 
 @pytest.fixture(scope="module")
-def published_file(tmp_path_factory, family):
-    denoiser = tiny_dit(layers=1)
+def published_file(tmp_path_factory):
+    model = tiny_model("dit", tiny_dit(layers=1))
     content = {}
-    for key, slot in find_slots(denoiser, family.slot_rules).items():
-        weight = multiquantizer.slot_weight(denoiser, slot, family)
+    for key, slot in model.slots.items():
+        weight = model.weight(key)
         for name, method in SIX.items():
             if method.algorithm == "mse":
                 tensor = published_uaq(weight, method.bits)
             else:
                 tensor = published_kmeans(weight, method.bits, per_channel=method.algorithm == "kmeans")
-            content[f"{key}.quant_params.{name}"] = tensor
-            content[f"{key}.loss_dict.{name}"] = torch.tensor([0.1]).half()
+            content[f"{slot.file_key}.quant_params.{name}"] = tensor
+            content[f"{slot.file_key}.loss_dict.{name}"] = torch.tensor([0.1]).half()
     path = tmp_path_factory.mktemp("published") / "dit_mq.pt"
     torch.save(content, path)
-    return path, content, denoiser
+    return path, content, model
 
 
-def test_converts_to_the_same_weights(published_file, family):
-    path, content, denoiser = published_file
-    slots, entries = multiquantizer.load(path, denoiser, family)
-    assert slots == find_slots(denoiser, family.slot_rules) and list(entries) == free_keys(slots)
-    for key, entry in entries.items():
-        weight = multiquantizer.slot_weight(denoiser, slots[key], family)
+def test_converts_to_the_same_weights(published_file):
+    path, content, model = published_file
+    loaded = multiquantizer.load(path, model)
+    assert loaded.slots == model.slots and list(loaded.entries) == free_keys(model.slots)
+    for key, entry in loaded.entries.items():
+        weight = model.weight(key)
         for name, method in SIX.items():
             ours = method.apply(weight, entry["parameters"][name])
-            theirs = content[f"{key}.quant_params.{name}"]
+            theirs = content[f"{model.slots[key].file_key}.quant_params.{name}"]
             if method.algorithm == "mse":
                 theirs = published_uaq_weight(weight, theirs, method.bits)
             assert torch.equal(ours, theirs), (key, name)
             assert entry["errors"][name] == uaq.total_error(weight, theirs)
 
 
-def test_converted_file_saves_and_loads(published_file, family, tmp_path):
-    path, _, denoiser = published_file
-    _, entries = multiquantizer.load(path, denoiser, family)
-    multiquantizer.save(entries, family, tmp_path / "own.pt")
-    _, again = multiquantizer.load(tmp_path / "own.pt", denoiser, family)
-    assert {k: e["errors"] for k, e in again.items()} == {k: e["errors"] for k, e in entries.items()}
+def test_converted_file_saves_and_loads(published_file, tmp_path):
+    path, _, model = published_file
+    loaded = multiquantizer.load(path, model)
+    multiquantizer.save(loaded, tmp_path / "own.pt")
+    again = multiquantizer.load(tmp_path / "own.pt", model)
+    assert {k: e["errors"] for k, e in again.entries.items()} == {k: e["errors"] for k, e in loaded.entries.items()}
 
 
-def test_other_weights_and_missing_keys_are_refused(published_file, family, tmp_path):
-    _path, content, denoiser = published_file
+def test_other_weights_and_missing_keys_are_refused(published_file, tmp_path):
+    _path, content, model = published_file
     key = "model.proj_out_1.weight_quantizer"
     less = {k: v for k, v in content.items() if k != f"{key}.quant_params.kmeans-3"}
     torch.save(less, tmp_path / "less.pt")
     with pytest.raises(InputError, match=r"no kmeans-3 for model\.proj_out_1"):
-        multiquantizer.load(tmp_path / "less.pt", denoiser, family)
+        multiquantizer.load(tmp_path / "less.pt", model)
     torch.save(content | {f"{key}.quant_params.kmeans-3": torch.randn(32, 16).half()}, tmp_path / "other.pt")
     with pytest.raises(InputError, match=r"kmeans-3 of model\.proj_out_1.*not a clustering"):
-        multiquantizer.load(tmp_path / "other.pt", denoiser, family)
-
-
-def test_untied_weights_are_refused(published_file, family):
-    """The file holds the first block's embedder alone, which says nothing of another that differs."""
-    denoiser = tiny_dit(layers=2)
-    with torch.no_grad():
-        denoiser.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.weight[0, 0] += 0.5
-    with pytest.raises(InputError, match=r"blocks\.1\.norm1\.emb\.timestep_embedder\.linear_1: its weights differ"):
-        multiquantizer.load(published_file[0], denoiser, family)
+        multiquantizer.load(tmp_path / "other.pt", model)
 
 
 @pytest.mark.parametrize("value", ["text", torch.tensor(1.0), torch.ones(32, 16).int()])
-def test_other_values_are_refused(published_file, family, tmp_path, value):
-    _, content, denoiser = published_file
+def test_other_values_are_refused(published_file, tmp_path, value):
+    _, content, model = published_file
     torch.save(content | {"model.proj_out_1.weight_quantizer.quant_params.mse-3": value}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=r"mse-3 of model\.proj_out_1.* is not a tensor of weights"):
-        multiquantizer.load(tmp_path / "odd.pt", denoiser, family)
+        multiquantizer.load(tmp_path / "odd.pt", model)
 
 
-def test_published_bytes_by_hand(published_file, family):
+def test_published_bytes_by_hand(published_file):
     """The estimate is what the tensors of a real published-format file take."""
-    _, content, denoiser = published_file
-    assert published.file_bytes(denoiser, family) == sum(tensor.nbytes for tensor in content.values())
+    _, content, model = published_file
+    assert published.file_bytes(model) == sum(tensor.nbytes for tensor in content.values())
 
 
 # Split weights. A "published" K-Means weight need only be a clustering, so theirs here are cheap.
@@ -133,15 +123,15 @@ def published_slot(weight, method):
 
 
 def published_parts(denoiser, family):
-    """{key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
+    """{file key: weight} of a published file; SDXL's are cut at the layer's output channels, as published."""
     weights = {}
     for slot in find_slots(denoiser, family.slot_rules).values():
         layer = denoiser.get_submodule(slot.module_path)
         weight = layer.weight.detach().to(family.dtype)
         if slot.inputs is not None:
             cut = layer.out_channels if family.name == "sdxl" else slot.inputs[0] or slot.inputs[1]
-            weight = weight[:, cut:] if slot.key.endswith("_0") else weight[:, :cut]
-        weights[slot.key] = weight.contiguous()
+            weight = weight[:, cut:] if slot.key.part else weight[:, :cut]
+        weights[slot.file_key] = weight.contiguous()
     return weights
 
 
@@ -164,48 +154,46 @@ def published_splits(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
 def test_split_files_apply_to_exactly_the_published_weights(name, published_splits):
-    family, denoiser = FAMILIES[name], tiny(name)
     path, content, weights = published_splits[name]
-    slots, entries = multiquantizer.load(path, denoiser, family)
-    assert {key: slot.shape for key, slot in slots.items()} == {key: weight.shape for key, weight in weights.items()}
-    model = QuantizedModel.of_slots(denoiser, slots, family.dtype, entries)
+    model = multiquantizer.load(path, tiny_model(name))
+    slots = model.slots
+    assert {slot.file_key: slot.shape for slot in slots.values()} == {key: weight.shape for key, weight in weights.items()}
     for method in SIX.values():
         model.apply(method.name)
         expected = {}  # module path -> the published weights of its parts
-        for key, slot in slots.items():
-            theirs = content[f"{key}.quant_params.{method.name}"]
+        for slot in slots.values():
+            theirs = content[f"{slot.file_key}.quant_params.{method.name}"]
             if method.algorithm == "mse":
-                theirs = published_uaq_weight(weights[key], theirs, method.bits)
+                theirs = published_uaq_weight(weights[slot.file_key], theirs, method.bits)
             expected.setdefault(slot.module_path, []).append(theirs.float())
         for module_path, halves in expected.items():
-            assert torch.equal(denoiser.get_submodule(module_path).weight, torch.cat(halves, dim=1)), module_path
+            assert torch.equal(model.module.get_submodule(module_path).weight, torch.cat(halves, dim=1)), module_path
 
 
 def test_published_sdxl_boundaries_are_taken_from_the_shapes(published_splits, tmp_path):
     """The published cut differs from ours in the first resnet of the second and the third up-block."""
-    family, denoiser = FAMILIES["sdxl"], tiny("sdxl")
-    own = find_slots(denoiser, family.slot_rules)
-    slots, entries = multiquantizer.load(published_splits["sdxl"][0], denoiser, family)
-    moved = {slot.module_path for key, slot in slots.items() if slot != own[key]}
+    own = tiny_model("sdxl")
+    loaded = multiquantizer.load(published_splits["sdxl"][0], own)
+    slots = loaded.slots
+    moved = {slot.module_path for key, slot in slots.items() if slot != own.slots[key]}
     assert moved == {"up_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv1"}
     for path, (cut, total) in {"up_blocks.1.resnets.0.conv1": (12, 28), "up_blocks.2.resnets.0.conv1": (8, 20)}.items():
-        assert slots[key_of(path)].inputs == (0, cut) and slots[key_of(path, 1)].inputs == (cut, total)
-    multiquantizer.save(entries, family, tmp_path / "own.pt")  # converted, it keeps them
-    again, _ = multiquantizer.load(tmp_path / "own.pt", denoiser, family)
-    assert again == slots
+        assert slots[path, 0].inputs == (0, cut) and slots[path, 1].inputs == (cut, total)
+    multiquantizer.save(loaded, tmp_path / "own.pt")  # converted, it keeps them
+    assert multiquantizer.load(tmp_path / "own.pt", own).slots == slots
 
 
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
 def test_published_bytes_of_split_files(name, published_splits):
     content = published_splits[name][1]
-    assert published.file_bytes(tiny(name), FAMILIES[name]) == sum(tensor.nbytes for tensor in content.values())
+    assert published.file_bytes(tiny_model(name)) == sum(tensor.nbytes for tensor in content.values())
 
 
 def test_published_bytes_of_a_part(published_splits):
     content, parts = published_splits["sdxl"][1], FAMILIES["sdxl"].prefixes
     for prefix in parts:
         own = sum(tensor.nbytes for key, tensor in content.items() if key.startswith(f"model.{prefix}."))
-        assert published.file_bytes(tiny("sdxl"), FAMILIES["sdxl"], prefix) == own > 0
+        assert published.file_bytes(tiny_model("sdxl"), prefix) == own > 0
 
 
 SPLIT_KEYS = {
@@ -223,7 +211,7 @@ def test_missing_parts_are_named(name, ending, published_splits, tmp_path):
     assert len(less) == len(published_splits[name][1]) - 12
     torch.save(less, tmp_path / "less.pt")
     with pytest.raises(InputError, match=rf"less\.pt: has no [\w-]+ for {missing}$"):
-        multiquantizer.load(tmp_path / "less.pt", tiny(name), FAMILIES[name])
+        multiquantizer.load(tmp_path / "less.pt", tiny_model(name))
 
 
 @pytest.mark.parametrize("name", SPLIT_FAMILIES)
@@ -232,16 +220,16 @@ def test_unknown_keys_are_named(name, published_splits, tmp_path):
     more = published_splits[name][1] | {f"{unknown}.quant_params.mse-4": torch.ones(2, 3, 1)}
     torch.save(more, tmp_path / "more.pt")
     with pytest.raises(InputError, match=rf"more\.pt: 1 keys are not of this denoiser, first {unknown}$"):
-        multiquantizer.load(tmp_path / "more.pt", tiny(name), FAMILIES[name])
+        multiquantizer.load(tmp_path / "more.pt", tiny_model(name))
 
 
 def test_keys_of_skipped_layers_are_passed_over(published_splits, tmp_path):
     """Published Hunyuan files quantize the pooler's projections too, though nothing calls them."""
-    family, (_, content, _) = FAMILIES["hunyuan"], published_splits["hunyuan"]
+    _, content, _ = published_splits["hunyuan"]
     extra = {f"model.time_extra_emb.pooler.{n}_proj.weight_quantizer.quant_params.mse-4": torch.ones(2, 3) for n in "qkvc"}
     torch.save(content | extra, tmp_path / "more.pt")
-    slots, entries = multiquantizer.load(tmp_path / "more.pt", tiny("hunyuan"), family)
-    assert list(entries) == list(slots) and not any("pooler" in key for key in slots)
+    loaded = multiquantizer.load(tmp_path / "more.pt", tiny_model("hunyuan"))
+    assert list(loaded.entries) == list(loaded.slots) and not any("pooler" in key.path for key in loaded.slots)
 
 
 def test_parts_that_do_not_join_are_named(published_splits, tmp_path):
@@ -253,4 +241,4 @@ def test_parts_that_do_not_join_are_named(published_splits, tmp_path):
     with pytest.raises(
         InputError, match=rf"odd\.pt: kmeans-4 of {key}_0 has shape \[12, 16, 3, 3\], the weight \[12, 17, 3, 3\]"
     ):
-        multiquantizer.load(tmp_path / "odd.pt", tiny("sdxl"), FAMILIES["sdxl"])
+        multiquantizer.load(tmp_path / "odd.pt", tiny_model("sdxl"))

@@ -121,6 +121,14 @@ def test_sizes_by_hand(word, expected):
     assert registry.fp_size_bytes((16, 64), 16) == 2048
 
 
+@pytest.mark.parametrize("word", ["kmeans-4", "kmeans-8", "kmeans-4-g4", "kmeans-2-g3", "kmeans_all-8", "kmeans_all-4"])
+def test_told_codebooks_are_as_large_as_those_stored(word):
+    """Channels of 9 weights, 45 in all: fewer than many a codebook could have centroids."""
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).half()
+    stored = quantizer(word).fit(weight)["centroids"].nbytes
+    assert quantizer(word).size_bytes(weight.shape, 16) == 45 * quantizer(word).bits // 8 + stored
+
+
 # Groups.
 
 

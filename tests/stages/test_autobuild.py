@@ -14,6 +14,7 @@ from PIL import Image
 from autobuild import graph, space
 from evaluation import quant_cache
 from quant import config
+from quant.file_keys import by_file_key
 from quant.files import load_checkpoint
 from stages import sampling, score_sources
 from stages.labelling import eval_random
@@ -75,7 +76,7 @@ def test_a_configuration_within_a_size(trained, tmp_path):
     chosen = config.load(output, slots)
     rows = quant_cache.load(LABELS / "quant_cache.pkl")
     known = space.of_rows("pixart_alpha", rows)
-    assert 3.65 < known.avg_bits(known.codes_of(chosen)) <= 3.7
+    assert 3.65 < known.avg_bits(known.codes_of(by_file_key(chosen, slots))) <= 3.7
 
 
 def test_the_papers_choice(trained, tmp_path):

@@ -4,14 +4,14 @@ import pickle
 
 import pytest
 import torch
-from conftest import EVAL, ROOT, tiny
+from conftest import EVAL, ROOT, tiny_model
 
 from errors import InputError
 from evaluation import fid
 from models.families import FAMILIES
-from quant import config, multiquantizer
-from quant.entries import fit_entry
-from quant.files import check_writable
+from quant import multiquantizer
+from quant.file_keys import by_file_key
+from quant.files import check_writable, save_pickle
 from stages import build_config, plot_insights, q_config, sampling, score_sources
 from stages.labelling import eval_random
 
@@ -30,14 +30,14 @@ def bad_files(mq, tmp_path_factory):
     """Files that are wrong in some way, by name."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "damaged.pt").write_bytes(mq.read_bytes()[:1000])
-    config.save({"model.conv_in.weight_quantizer": "mse-4"}, folder / "foreign.pkl")
+    save_pickle({"model.conv_in.weight_quantizer": "mse-4"}, folder / "foreign.pkl")
     content = torch.load(mq, weights_only=True)
     slots = content["slots"]
-    config.save(dict.fromkeys(list(slots)[:-1], "mse-4"), folder / "short.pkl")
-    config.save(dict.fromkeys(slots, "mse-9"), folder / "unknown.pkl")
+    save_pickle(dict.fromkeys(list(slots)[:-1], "mse-4"), folder / "short.pkl")
+    save_pickle(dict.fromkeys(slots, "mse-9"), folder / "unknown.pkl")
     key = next(key for key in slots if ".norm1.emb." in key)
     tied = key.replace("transformer_blocks.0.", "transformer_blocks.1.")
-    config.save(dict.fromkeys(slots, "mse-4") | {tied: "mse-3"}, folder / "untied.pkl")
+    save_pickle(dict.fromkeys(slots, "mse-4") | {tied: "mse-3"}, folder / "untied.pkl")
     torch.save(content | {"slots": dict(list(slots.items())[:-1])}, folder / "part.pt")
     torch.save({"flags": {}, "weights": {"a": 1}}, folder / "unmeasured.pt")
     (folder / "labels").mkdir()
@@ -138,8 +138,9 @@ def test_a_file_that_can_be_written(tmp_path):
 def test_configurations_that_load(tmp_path, load_tiny):
     """By the entries alone the same are let through as by the denoiser's slots: ties may be left out, or agree."""
     _, slots, entries = load_tiny("dit")
+    entries = by_file_key(entries, slots)
     for name, left_out in (("all.pkl", ()), ("free.pkl", [key for key, slot in slots.items() if slot.tie != key])):
-        config.save({key: "mse-4" for key in slots if key not in left_out}, tmp_path / name)
+        save_pickle({slot.file_key: "mse-4" for key, slot in slots.items() if key not in left_out}, tmp_path / name)
         q_config.load(tmp_path / name, slots)
         q_config.check(tmp_path / name, entries, FAMILIES["dit"])
         q_config.check(tmp_path / name, None, FAMILIES["dit"])
@@ -148,20 +149,19 @@ def test_configurations_that_load(tmp_path, load_tiny):
 
 def test_entries_of_a_file(tiny_mq, tmp_path):
     """Read without the denoiser they are those that are read with it."""
-    _, entries = multiquantizer.load(tiny_mq("dit"), tiny("dit"), FAMILIES["dit"])
-    read = multiquantizer.read(tiny_mq("dit"), FAMILIES["dit"])
-    assert list(read) == list(entries)
+    read = multiquantizer.read(tiny_mq("dit"), "dit")
+    model = multiquantizer.load(tiny_mq("dit"), tiny_model("dit"))
+    assert list(read) == [model.slots[key].file_key for key in model.entries]
     torch.save({"model.a.weight_quantizer.quant_params.mse-4": torch.ones(2)}, tmp_path / "published.pt")
-    assert multiquantizer.read(tmp_path / "published.pt", FAMILIES["dit"]) is None
+    assert multiquantizer.read(tmp_path / "published.pt", "dit") is None
 
 
 @pytest.fixture
-def lean_mq(tmp_path, load_tiny):
+def lean_mq(tmp_path):
     """Path of a multiquantizer of a tiny DiT that was fitted with mse-8 and nothing else."""
-    denoiser, slots, entries = load_tiny("dit")
-    weights = {key: multiquantizer.slot_weight(denoiser, slots[key], FAMILIES["dit"]) for key in entries}
-    lean = {key: fit_entry(weight, ["mse-8"]) for key, weight in weights.items()}
-    multiquantizer.save(lean, FAMILIES["dit"], tmp_path / "lean.pt")
+    model = tiny_model("dit")
+    model.fit(["mse-8"])
+    multiquantizer.save(model, tmp_path / "lean.pt")
     return tmp_path / "lean.pt"
 
 

@@ -17,6 +17,7 @@ from evaluation import quant_cache
 from models.families import FAMILIES
 from models.pipelines import load_denoiser
 from quant import config
+from quant.file_keys import by_file_key
 from quant.slots import find_slots
 from stages import infer, multiquantizer
 from stages.labelling import eval_random, labeller
@@ -62,7 +63,8 @@ def workplace(request, tmp_path_factory, embedded_mq):
     shutil.copytree(embedded_mq(family.name).parent, folder / "multiquantizers")
     denoiser = load_denoiser(family, "embedded", torch.device("cpu"))
     (folder / "quant_configs").mkdir()
-    configuration = config.draw_random(find_slots(denoiser, family.slot_rules), seed=0, index=0, a_u=0.0)
+    slots = find_slots(denoiser, family.slot_rules)
+    configuration = by_file_key(config.draw_random(slots, seed=0, index=0, a_u=0.0), slots)
     (folder / family.q_config).write_bytes(pickle.dumps(configuration, protocol=4))
     return family, folder
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, tiny_model
 
 from errors import InputError
 from models.families import FAMILIES
@@ -124,15 +124,15 @@ def test_what_is_no_multiquantizer_of_the_family_is_kept_and_told_before_the_mod
 
 def test_a_build_of_other_weights_that_was_cut_off_is_kept(tmp_path, fit, monkeypatch):
     path, partial = tmp_path / "x_mq.pt", tmp_path / "x_mq.pt.partial"
-    fit_slots = files._fit_slots
+    fit_all = files._fit
 
-    def cut_off(denoiser, family, slots, *rest):
-        fit_slots(denoiser, family, dict(list(slots.items())[:15]), *rest)
+    def cut_off(model, keys, checkpoint):
+        fit_all(model, keys[:15], checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_fit_slots", cut_off)
+    monkeypatch.setattr(files, "_fit", cut_off)
     assert fit(0, path)[0] == 130
-    monkeypatch.setattr(files, "_fit_slots", fit_slots)
+    monkeypatch.setattr(files, "_fit", fit_all)
     before = partial.read_bytes()
     code, printed = fit(1, path)
     assert code == 2 and partial.read_bytes() == before and not path.exists()
@@ -141,23 +141,23 @@ def test_a_build_of_other_weights_that_was_cut_off_is_kept(tmp_path, fit, monkey
     assert code == 0 and f"going on from {partial}: 15 layers are done" in printed
 
 
-def test_another_build_that_ends_first_is_kept(tmp_path, family, monkeypatch):
+def test_another_build_that_ends_first_is_kept(tmp_path, monkeypatch):
     """A file that was not there when the build began, and is of other weights when it ends."""
     path = tmp_path / "x_mq.pt"
     other = tiny("dit")
     other.proj_out_1.weight.data += 1
-    fit_slots = files._fit_slots
+    fit_all = files._fit
 
     def fitting(*args):
-        monkeypatch.setattr(files, "_fit_slots", fit_slots)
-        files.build(other, family, path)
+        monkeypatch.setattr(files, "_fit", fit_all)
+        files.build(tiny_model("dit", other), path)
         before.append(path.read_bytes())
-        fit_slots(*args)
+        fit_all(*args)
 
     before = []
-    monkeypatch.setattr(files, "_fit_slots", fitting)
+    monkeypatch.setattr(files, "_fit", fitting)
     with pytest.raises(InputError, match=r"x_mq\.pt: made from other weights"):
-        files.build(tiny("dit"), family, path)
+        files.build(tiny_model("dit"), path)
     assert [path.read_bytes()] == before
     assert os.path.exists(f"{path}.partial")  # what was fitted is kept
 

@@ -9,6 +9,7 @@ from errors import InputError
 from evaluation import quant_cache
 from models.families import FAMILIES
 from quant import config
+from quant.file_keys import by_file_key
 from stages import q_config
 
 
@@ -24,14 +25,16 @@ def slots(loaded):
 
 @pytest.fixture
 def entries(loaded):
-    return loaded[2]
+    """By file key, as read without the denoiser."""
+    return by_file_key(loaded[2], loaded[1])
 
 
 def test_rows_of_a_cache(tmp_path, slots, entries):
     drawn = [config.draw_random(slots, 0, index) for index in range(3)]
+    numbers = dict.fromkeys(quant_cache.ROW_NUMBERS, 1)
     rows = [
-        dict.fromkeys(quant_cache.ROW_NUMBERS, 1) | {"FID-GT-1k": fid, "config": {k: [m, 1, 1, 0.0] for k, m in d.items()}}
-        for fid, d in zip([3.0, 1.0, 2.0], drawn, strict=True)
+        numbers | {"FID-GT-1k": fid, "config": {key: [m, 1, 1, 0.0] for key, m in by_file_key(each, slots).items()}}
+        for fid, each in zip([3.0, 1.0, 2.0], drawn, strict=True)
     ]
     path = tmp_path / "quant_cache.pkl"
     path.write_bytes(pickle.dumps(rows, protocol=4))
@@ -52,7 +55,7 @@ def test_rows_of_a_cache(tmp_path, slots, entries):
 
 def test_a_file_of_one_configuration_and_one_method(tmp_path, slots):
     drawn, path = config.draw_random(slots, 0, 0), tmp_path / "c.pkl"
-    config.save(drawn, path)
+    config.save(drawn, slots, path)
     assert q_config.load(path, slots) == drawn
     assert set(q_config.load("uniform:kmeans-4", slots).values()) == {"kmeans-4"}
     with pytest.raises(InputError, match=r"c\.pkl holds one configuration, not labelled rows; leave out :best"):

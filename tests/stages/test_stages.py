@@ -17,6 +17,8 @@ from evaluation import quant_cache
 from models import drawing
 from models.pipelines import load_denoiser
 from quant import config
+from quant.file_keys import by_file_key
+from quant.files import save_pickle
 from quant.slots import find_slots
 from stages import infer, multiquantizer
 from stages.labelling import eval_random, labeller
@@ -30,7 +32,7 @@ def test_the_cache(labels, family):
     for index, row in enumerate(rows):
         assert tuple(row) == quant_cache.KEYS
         methods = {key: value[0] for key, value in row["config"].items()}
-        assert methods == config.draw_random(slots, 42, index)
+        assert methods == by_file_key(config.draw_random(slots, 42, index), slots)
         assert row["quantized_size"] == sum(value[2] for value in row["config"].values())
         fp_bytes = sum(value[1] for value in row["config"].values())
         assert row["avg_bits"] == pytest.approx(16 * row["quantized_size"] / fp_bytes)
@@ -212,7 +214,7 @@ def test_bad_input_is_one_line(stage, flags, message, labels, mq, tmp_path, run_
 
 def test_another_familys_configuration(labels, mq, tmp_path, run_script):
     foreign = tmp_path / "sdxl_37.pkl"
-    config.save({"model.conv_in.weight_quantizer": "mse-4"}, foreign)
+    save_pickle({"model.conv_in.weight_quantizer": "mse-4"}, foreign)
     flags = ("--model_id", "embedded", "--multi_chkpt", mq, "--outdir", tmp_path / "x", "--q_config", foreign)
     code, printed = run_script(infer, "dit", *flags)
     assert code == 2 and "not of this denoiser, first model.conv_in" in printed

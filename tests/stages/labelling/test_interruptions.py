@@ -11,11 +11,11 @@ from itertools import count
 from unittest import mock
 
 import pytest
-from conftest import tiny_dit
+from conftest import tiny_dit, tiny_model
 
 from quant import entries as entries_module
+from quant import model as model_module
 from quant import multiquantizer
-from quant.slots import find_slots
 
 
 @contextlib.contextmanager
@@ -84,23 +84,23 @@ def test_successive_halving(label, tmp_path):
     assert len((tmp_path / "runs" / "whole" / "quant_labels_partial.jsonl").read_text().splitlines()) == 3
 
 
-def test_fitting(family, tmp_path, monkeypatch):
+def test_fitting(tmp_path, monkeypatch):
     """A checkpoint after every layer; what is in it is not fitted again."""
     monkeypatch.setattr(multiquantizer, "CHECKPOINT_SECONDS", -1)
     denoiser, fitted = tiny_dit(layers=1), {}
 
     def fit(folder):
-        def counted(weight):
+        def counted(weight, words):
             fitted[folder] = fitted.get(folder, 0) + 1
-            return entries_module.fit_entry(weight)
+            return entries_module.fit_entry(weight, words)
 
-        monkeypatch.setattr(multiquantizer, "fit_entry", counted)
+        monkeypatch.setattr(model_module, "fit_entry", counted)
         try:
-            multiquantizer.build(denoiser, family, folder / "mq.pt")
+            multiquantizer.build(tiny_model("dit", denoiser), folder / "mq.pt")
         except KeyboardInterrupt:
             return False
         return True
 
-    layers = len(find_slots(denoiser, family.slot_rules))
+    layers = len(tiny_model("dit", denoiser).slots)
     assert check_all_cuts(fit, tmp_path) == layers + 1
     assert set(fitted.values()) == {layers, layers + 1}  # the one after whose fit it died, once more

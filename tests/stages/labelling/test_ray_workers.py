@@ -47,6 +47,7 @@ def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):
     code, printed = run_script(eval_random, "dit", *flags)
     last = printed.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and "other_mq.pt: made from other weights than this model's" in last
+    assert last.endswith("make its own with `python scripts/dit_multiquantizer.py`")
 
 
 @pytest.mark.parametrize(
