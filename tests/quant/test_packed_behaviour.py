@@ -117,6 +117,15 @@ def test_shared_weights_are_not_taken_to_the_disk(how, tmp_path):
             output_of(other, arguments)
 
 
+def test_float_weights_that_were_shared_are_taken_to_the_disk(tmp_path):
+    denoiser, arguments, output = packed("tiny_dit")
+    other = copy.deepcopy(denoiser)
+    other.dequantize()
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+    apply_group_offloading(other, onload_device=CPU, offload_device=CPU, **options)
+    assert torch.equal(output_of(other, arguments), output)
+
+
 @pytest.mark.parametrize("name", ["flux", "pixart", "wan_2_2"])
 def test_whole_models_wait_on_the_host_until_they_run(name):
     entry = ZOO[name]
@@ -150,7 +159,8 @@ def test_layerwise_casting_casts_the_biases_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("flux", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+    "name",
+    [name if name in ("flux", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in (*OTHERS, "tiny_dit")],
 )
 def test_it_compiles_to_one_graph(name):
     denoiser, arguments, output = packed(name)
