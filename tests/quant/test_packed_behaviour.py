@@ -1,8 +1,10 @@
 """Packed denoisers under what is done to models: copied, pickled, moved, offloaded, cast, compiled, loaded into."""
 
 import copy
+import gc
 import pickle
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -247,6 +249,22 @@ def test_fused_projections_stay_packed_and_compute_the_same(name, tmp_path):
     assert torch.equal(predict(fused, arguments), output)
     fused.unfuse_qkv_projections()
     assert torch.equal(predict(fused, arguments), output)
+
+
+def test_a_model_that_is_let_go_is_gone_at_once():
+    """Its memory comes back without a search for what refers to one another."""
+    for fuse in (False, True):
+        denoiser = copy.deepcopy(packed("pixart")[0])
+        if fuse:
+            denoiser.fuse_qkv_projections()
+        gc.collect()
+        gc.disable()
+        try:
+            codes = weakref.ref(denoiser.transformer_blocks[0].attn1.to_q.codes)
+            del denoiser
+            assert codes() is None
+        finally:
+            gc.enable()
 
 
 def test_float_projections_are_fused_and_not_saved_twice(tmp_path):
