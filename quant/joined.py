@@ -4,7 +4,8 @@ diffusers makes one float Linear of the weights of several projections of one in
 and a float copy of them would undo what packing saves. So the layer that is made calls them, and holds nothing itself.
 """
 
-import functools
+import copy
+import weakref
 
 import torch
 from torch import nn
@@ -20,37 +21,52 @@ JOINED = {
 }
 
 
+class Owner:
+    """The module that something is a part of: copied and pickled with it, and not kept alive by it."""
+
+    def __init__(self, module):
+        self.get = weakref.ref(module)
+
+    def __deepcopy__(self, memo):
+        return type(self)(copy.deepcopy(self.get(), memo))
+
+    def __reduce__(self):
+        return type(self), (self.get(),)
+
+
 class Joined(nn.Module):
     """The outputs of several layers of `attention` side by side, [..., sum of their features]."""
 
     def __init__(self, attention, names):
         super().__init__()
-        self.__dict__["attention"] = attention  # not as a part of this module, which it is a part of
-        self.names = names
+        self.owner, self.names = Owner(attention), names
 
     def forward(self, input):
-        return torch.cat([getattr(self.attention, name)(input) for name in self.names], dim=-1)
+        attention = self.owner.get()
+        return torch.cat([getattr(attention, name)(input) for name in self.names], dim=-1)
+
+
+class Joining(Owner):
+    """What stands for `fuse_projections` of an attention module; diffusers' own where no projection is packed."""
+
+    def __call__(self, *args, **kwargs):
+        attention = self.get()
+        projections = {name: getattr(attention, name, None) for names in JOINED.values() for name in names}
+        supports = getattr(attention, "_supports_qkv_fusion", True)
+        if not supports or not any(isinstance(layer, PackedLayer) for layer in projections.values()):
+            type(attention).fuse_projections(attention, *args, **kwargs)
+            return
+        for made, names in JOINED.items():
+            if all(projections[name] is not None for name in names):
+                setattr(attention, made, Joined(attention, names))
+        attention.fused_projections = True
 
 
 def join_instead_of_fusing(model):
     """Let the attention modules of a packed model join the projections that they are asked to fuse."""
     for module in model.modules():
         if hasattr(type(module), "fuse_projections"):
-            module.fuse_projections = functools.partial(_join, module)
-
-
-def _join(attention, *args, **kwargs):
-    """What stands for `attention.fuse_projections`; diffusers' own where no projection is packed."""
-    own = type(attention).fuse_projections
-    projections = {name: getattr(attention, name, None) for names in JOINED.values() for name in names}
-    supports = getattr(attention, "_supports_qkv_fusion", True)
-    if not supports or not any(isinstance(layer, PackedLayer) for layer in projections.values()):
-        return own(attention, *args, **kwargs)
-    for made, names in JOINED.items():
-        if all(projections[name] is not None for name in names):
-            setattr(attention, made, Joined(attention, names))
-    attention.fused_projections = True
-    return None
+            module.fuse_projections = Joining(module)
 
 
 def is_fused(path, state_dict):

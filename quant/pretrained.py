@@ -213,6 +213,8 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model):
         dequantize(model)
+        for number in [n for n, hook in model._forward_pre_hooks.items() if hook is _refuse_shared_on_disk]:
+            del model._forward_pre_hooks[number]
         config = {name: value for name, value in model._internal_dict.items() if name != "quantization_config"}
         model._internal_dict = FrozenDict(config)
         return model
@@ -230,7 +232,7 @@ def _are_on_disk(model):
 
 def _refuse_shared_on_disk(model, _inputs):
     """diffusers writes each group of layers to the disk in turn, and what a later one shares has been let go by then."""
-    if _are_on_disk(model):
+    if not torch.compiler.is_compiling() and _are_on_disk(model):
         raise InputError(
             f"{type(model).__name__}: layers of it share weights, which diffusers loses on their way to the disk; "
             "load it again, and offload it without offload_to_disk_path"

@@ -1,8 +1,10 @@
 """Packed denoisers under what is done to models: copied, pickled, moved, offloaded, cast, compiled, loaded into."""
 
 import copy
+import gc
 import pickle
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -117,6 +119,15 @@ def test_shared_weights_are_not_taken_to_the_disk(how, tmp_path):
             output_of(other, arguments)
 
 
+def test_float_weights_that_were_shared_are_taken_to_the_disk(tmp_path):
+    denoiser, arguments, output = packed("tiny_dit")
+    other = copy.deepcopy(denoiser)
+    other.dequantize()
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+    apply_group_offloading(other, onload_device=CPU, offload_device=CPU, **options)
+    assert torch.equal(output_of(other, arguments), output)
+
+
 @pytest.mark.parametrize("name", ["flux", "pixart", "wan_2_2"])
 def test_whole_models_wait_on_the_host_until_they_run(name):
     entry = ZOO[name]
@@ -149,7 +160,8 @@ def test_layerwise_casting_casts_the_biases_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("flux", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+    "name",
+    [name if name in ("flux", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in (*OTHERS, "tiny_dit")],
 )
 def test_it_compiles_to_one_graph(name):
     denoiser, arguments, output = packed(name)
@@ -236,6 +248,22 @@ def test_fused_projections_stay_packed_and_compute_the_same(name, tmp_path):
     assert torch.equal(predict(fused, arguments), output)
     fused.unfuse_qkv_projections()
     assert torch.equal(predict(fused, arguments), output)
+
+
+def test_a_model_that_is_let_go_is_gone_at_once():
+    """Its memory comes back without a search for what refers to one another."""
+    for fuse in (False, True):
+        denoiser = copy.deepcopy(packed("pixart")[0])
+        if fuse:
+            denoiser.fuse_qkv_projections()
+        gc.collect()
+        gc.disable()
+        try:
+            codes = weakref.ref(denoiser.transformer_blocks[0].attn1.to_q.codes)
+            del denoiser
+            assert codes() is None
+        finally:
+            gc.enable()
 
 
 def test_float_projections_are_fused_and_not_saved_twice(tmp_path):
