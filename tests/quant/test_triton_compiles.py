@@ -142,7 +142,7 @@ def test_each_kind_of_weight(kind, bits, dtype, group, capability, tmp_path):
     half = torch.float16 if dtype == torch.float32 else dtype
     packed, bias = weight(kind, bits, dtype, group), torch.empty(OUTPUTS, dtype=half)
     with recorded() as calls:
-        triton_decode.decode_into(torch.empty(OUTPUTS, DEPTH, dtype=half), *packed, bits, DEPTH, group)
+        triton_decode.decode_into(torch.empty(OUTPUTS, DEPTH, dtype=half), *packed, bits, group)
         for rows in (1, 40, 4096):
             triton_fused.fused(torch.empty(rows, DEPTH, dtype=half), *packed, bits, group, bias)
         if not group:
