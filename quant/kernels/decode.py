@@ -72,7 +72,7 @@ def _decode_cuda(codes, table, zero, bits, count, group):
 
     if not triton_decode.is_supported(table):
         return _decode_anywhere(codes, table, zero, bits, count, group)
-    return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, count, group)
+    return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, group)
 
 
 @torch.library.register_fake("qua2sedimo::decode", lib=LIBRARY)

@@ -252,8 +252,9 @@ def packed_arguments(codes, table, zero, bits, count, group):
     return tensors, numbers | constants
 
 
-def decode_into(out, codes, table, zero, bits, count, group=0):
+def decode_into(out, codes, table, zero, bits, group=0):
     """Fill `out` [C, count] of float16, bfloat16 or float32 with decoded weights, as `decode` and `.to(out.dtype)` do."""
+    count = out.shape[1]
     tensors, arguments = packed_arguments(codes, table, zero, bits, count, group)
     grid = (triton.cdiv(len(codes), ROWS), triton.cdiv(count, COLUMNS))
     if out.numel():

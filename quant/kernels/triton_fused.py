@@ -103,5 +103,5 @@ def decoded(x, codes, table, zero, bits, group):
     """The weights in the dtype of x, their inputs [..., K]: in one launch where there is a kernel for it."""
     count = x.shape[-1]
     if is_supported(x, table):
-        return decode_into(x.new_empty(len(codes), count), codes, table, zero, bits, count, group)
+        return decode_into(x.new_empty(len(codes), count), codes, table, zero, bits, group)
     return decode(codes, table, zero, bits, count, group).to(x.dtype)

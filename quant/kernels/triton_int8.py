@@ -19,6 +19,7 @@ from quant.kernels import shapes
 from quant.kernels.triton_decode import decode_int8, int8_codes, int8_form, is_supported, nearest, packed_arguments
 from quant.kernels.triton_fused import decoded, tile_for
 
+MAX_CODEBOOK_BITS = 6  # of which levels lie far enough apart to be rounded to 255 steps
 MOST_VALUES = 4096  # of a token taken at a time
 FEW = {"ROWS": 16, "OUTPUTS": 16, "DEPTH": 256, "num_warps": 4, "num_stages": 4}
 TILES = {  # by the most tokens
@@ -222,11 +223,12 @@ def linear_a8_cuda(x, codes, table, zero, bits, act_bits, bias):
     """A linear layer of x [..., K], quantized per token to `act_bits`, and packed rows `codes` without groups.
 
     Three launches at most: the tokens, the weights, the product. As whole numbers ("int8") a codebook's levels are
-    rounded to 255 steps; else ("half") the product is F.linear's.
+    rounded to 255 steps, if it has no more than 2^6; else ("half") the product is F.linear's.
     """
     rows = x.numel() // max(x.shape[-1], 1)
     tokens, supported = x.reshape(rows, x.shape[-1]), is_supported(x, table)
-    if rows and supported and shapes.chosen("linear_a8", x, rows, len(codes)) == "int8":
+    whole = supported and rows and (zero is not None or bits <= MAX_CODEBOOK_BITS)
+    if whole and shapes.chosen("linear_a8", x, rows, len(codes)) == "int8":
         out = int8_linear(tokens, codes, table, zero, bits, act_bits, bias)
     else:
         values = token_values(tokens, act_bits) if supported else quantize_tokens(tokens, act_bits)

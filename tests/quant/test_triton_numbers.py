@@ -32,3 +32,7 @@ def interpreted(slow):
 def test_kernels(name):
     failure = triton_cases.failure("cuda", name) if torch.cuda.is_available() else interpreted(name in SLOW)[name]
     assert not failure, failure
+
+
+def test_the_operator_has_a_kernel_for_gpus():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("qua2sedimo::decode", "CUDA")

@@ -79,7 +79,7 @@ def decodes_exactly(device, kind, bits, dtype, group):
         others = {dtype, FLOAT} if dtype == BFLOAT else {dtype, FLOAT, HALF}
         for other in others:
             out = torch.full((channels, count), torch.nan, dtype=other, device=device)
-            triton_decode.decode_into(out, *on(device, *weight), bits, count, group)
+            triton_decode.decode_into(out, *on(device, *weight), bits, group)
             assert torch.equal(out.cpu(), expected.to(other)), (channels, count, other)
 
 
@@ -91,8 +91,22 @@ def rounds_as_the_tables_do(device):
     for dtype in (HALF, FLOAT):
         table = torch.tensor([0.1, 0.3, 6e-8, 1e-5]).to(dtype)
         out = torch.empty(4, 16, dtype=dtype, device=device)
-        triton_decode.decode_into(out, *on(device, packed, table, zero), 4, 16)
+        triton_decode.decode_into(out, *on(device, packed, table, zero), 4)
         assert torch.equal(out.cpu(), decoded(packed, table, zero, 4, 16))
+
+
+@case(())
+def codes_beyond_a_short_table_are_its_last(device):
+    """A damaged file reads nothing outside its table."""
+    packed = pack_rows(torch.tensor([[0, 2, 15], [15, 0, 1]], dtype=torch.uint8), 4)
+    for table in (torch.tensor([-1.0, 2.0]), torch.tensor([[-1.0, 2.0], [-1.0, 2.0]])):
+        out = torch.empty(2, 3, device=device)
+        triton_decode.decode_into(out, *on(device, packed, table, None), 4)
+        assert out.tolist() == [[-1, 2, 2], [2, -1, 2]]
+        assert triton_decode.decode_int8(*on(device, packed, table, None), 4, 3)[0].tolist() == [
+            [-127, 127, 127],
+            [127, -127, 127],
+        ]
 
 
 @case(*itertools.product(KINDS, (4, 3), (HALF,)), (UAQ, 2, BFLOAT), (CHANNEL, 4, BFLOAT), (UAQ, 8, FLOAT))
@@ -120,7 +134,7 @@ def tokens_of_all_sorts(count, dtype):
     tokens[1] = tokens[1].abs() + 3
     tokens[2] = 1000 + tokens[2] * 0.3  # narrow, and far from zero
     tokens[3], tokens[4], tokens[5] = -2.75, 0, tokens[5] * 1e-7
-    tokens[6] = tokens[6].sign() * 6e4  # whose quantized values may pass the largest of float16
+    tokens[6] = tokens[6].sign() * 65504  # the largest of float16, which quantized values would pass
     tokens[7, 0], tokens[8, -1] = torch.nan, -torch.inf
     return tokens.to(dtype)
 
@@ -151,7 +165,7 @@ def random_input(*shape, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1])).to(dtype)
 
 
-ONE, FEW, ODD, MANY = (1, 70, 33), (17, 137, 40), (65, 256, 64), (130, 100, 130)  # rows, depth, outputs
+ONE, FEW, ODD, MANY = (1, 300, 33), (17, 137, 70), (65, 256, 64), (130, 100, 130)  # rows, depth, outputs
 
 
 @case(*itertools.product(KINDS, (4, 3), (ONE, FEW), (0,)), (UAQ, 4, FEW, 32), (CHANNEL, 3, FEW, 40))
@@ -168,8 +182,8 @@ def fused_equals_the_decoded_layer(device, kind, bits, shape, group):
 
 
 @case(*itertools.product(KINDS, (4, 3), (ONE,), (8,)), (CHANNEL, 3, ONE, 6), (CHANNEL, 8, ONE, 8))
-@case((UAQ, 4, FEW, 8), (CHANNEL, 3, FEW, 6))
-@case((UAQ, 4, MANY, 8), (WHOLE, 3, ODD, 8), (UAQ, 8, FEW, 8), (UAQ, 3, FEW, 8), (CHANNEL, 4, FEW, 8), slow=True)
+@case((UAQ, 4, FEW, 8))
+@case((UAQ, 4, MANY, 8), (WHOLE, 3, ODD, 8), (UAQ, 8, FEW, 8), (CHANNEL, 3, FEW, 6), slow=True)
 def whole_numbers_are_multiplied_exactly(device, kind, bits, shape, act_bits):
     """Float32 outputs are those of the quantized tokens and weights to some 1e-7 of the sum of the terms' sizes."""
     rows, depth, outputs = shape
