@@ -20,7 +20,7 @@ from models.families import FAMILIES
 from quant.activations import set_activation_bits
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE, quantizer
-from quant.slots import find_slots, free_keys
+from quant.slots import free_keys
 
 MIXED_FOURS = 6  # of ten weights have 4 bits, which makes about 3.7 on average with scales and codebooks
 
@@ -81,9 +81,8 @@ def write(name, arm, source, folder, device):
     if arm.method is None:
         return
     denoiser = _class(name).from_pretrained(source, dtype=torch.float16).to(device)
-    slots = find_slots(denoiser, FAMILIES[name].slot_rules)
-    model = QuantizedModel.of_slots(denoiser, slots, torch.float16)
-    chosen = _mixed(slots) if arm.method == "mixed" else model.uniform(arm.method)
+    model = QuantizedModel(denoiser, **FAMILIES[name].quantization | {"dtype": torch.float16})
+    chosen = _mixed(model.slots) if arm.method == "mixed" else model.uniform(arm.method)
     model.pack(chosen)
     denoiser.save_pretrained(folder)
 
