@@ -35,14 +35,18 @@ def levels_of(table, zero, bits, rows):
     """The values [C, G, 2^bits or k] that codes stand for; the first dimension is 1 where all rows share them."""
     if zero is not None:
         steps = torch.arange(2**bits, device=table.device, dtype=torch.promote_types(table.dtype, torch.float32))
-        return _uniform(steps, table.reshape(rows, -1, 1), zero.reshape(rows, -1, 1))
+        return _uniform(steps, bits, table.reshape(rows, -1, 1), zero.reshape(rows, -1, 1))
     return table.view(1, 1, -1) if table.ndim == 1 else table.reshape(rows, -1, table.shape[-1])
 
 
-def _uniform(codes, scale, zero):
+def _uniform(codes, bits, scale, zero):
     """(codes - zero) x scale, each step rounded to the dtype of `scale`; computed wider, where processors are faster."""
     dtype, wide = scale.dtype, codes.dtype
-    return (codes - zero.to(dtype).to(wide)).to(dtype).to(wide).mul_(scale.to(wide)).to(dtype)
+    if zero.dtype == torch.int8 and bits < 8:  # differences of at most 8 bits and a sign, which every dtype holds
+        differences = codes - zero.to(wide)
+    else:
+        differences = (codes - zero.to(dtype).to(wide)).to(dtype).to(wide)
+    return differences.mul_(scale.to(wide)).to(dtype)
 
 
 def check_shapes(codes, table, zero, bits, count, group):
@@ -83,7 +87,8 @@ def _compute(out, codes, table, zero, bits, group):
     for part, packed, scale, shift in zip(*(each.split(rows) for each in (out, codes, table, zero)), strict=True):
         numbers = look_up(torch.empty(part.shape, dtype=torch.uint8), packed, identity, bits)
         scale, shift = (each.repeat_interleave(group, dim=1)[:, : out.shape[1]] for each in (scale, shift))
-        part.copy_(_uniform(numbers.to(torch.promote_types(scale.dtype, torch.float32)), scale, shift))
+        numbers = numbers.to(torch.promote_types(scale.dtype, torch.float32))
+        part.copy_(_uniform(numbers, bits, scale, shift))
     return out
 
 

@@ -10,17 +10,19 @@ centroids; wider codebooks are not taken.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
 from numba import prange
 
 from quant.compiled import kernel
-from quant.kernels.decode import look_up
+from quant.kernels.decode import check_shapes, look_up
 from quant.rows import run
 
 MAX_CODEBOOK_BITS = 6
-ROWS, COLUMNS = 256, 576  # of a tile of products, by which they stay in a processor's cache until they are scaled
+ROWS = 256  # multiplied at a time, for each thread
+MIN_COLUMNS, CACHED_BYTES = 256, 3 * 2**18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = np.float32
 
@@ -40,37 +42,50 @@ def linear(input, room, codes, table, zero, bits, act_bits, bias):
     """`input` [..., n], quantized by token to `act_bits`, times the packed weight [C, n], plus `bias` [C]: [..., C].
 
     What activations.quantize_tokens and a float product give, up to rounding and, for codebooks, to the rounded
-    centroids. `room` [C, n], int8, takes the weight.
+    centroids. `room(shape, dtype)` lends memory. The weight is decoded some output channels at a time, and multiplied
+    some tokens at a time: what is decoded and the products stay in the processor's cache until they are used.
     """
     count, channels, is_narrow = input.shape[-1], len(codes), input.dtype == torch.bfloat16
-    of_weight = [each.numpy() for each in _weight_into(room, codes, table, zero, bits)]
-    of_weight.append(np.zeros(channels, F32) if bias is None else bias.float().numpy())
+    check_shapes(codes, table, zero, bits, count, 0)
     values = input.reshape(-1, count)
-    out = torch.empty(len(values), channels, dtype=torch.bfloat16 if is_narrow else torch.float32)
-    target, scaling = (_bits(out) if is_narrow else out.numpy()), _scaling(is_narrow)
-    rows = min(ROWS * torch.get_num_threads(), len(values))
-    memory = torch.empty(rows * min(COLUMNS, channels), dtype=torch.int32)
-    for row in range(0, len(values), rows):
-        q, *of_tokens = quantize_rows(values[row : row + rows], act_bits)
-        of_tokens[2] += count * of_tokens[1]
-        of_tokens = [each.numpy() for each in of_tokens]
-        for column in range(0, channels, COLUMNS):
-            weight = room[column : column + COLUMNS]
-            products = memory[: len(q) * len(weight)].view(len(q), len(weight))
-            torch._int_mm(q, weight.t(), out=products)
-            run(scaling, products.numpy(), *of_tokens, *of_weight, target, row, column)
+    q, *of_tokens = quantize_rows(values, act_bits, room(values.shape, torch.int8, "input"))
+    of_tokens[2] += count * of_tokens[1]
+    levels, scale, shift = _integer_levels(table, zero, bits, channels)
+    sums, bias = torch.empty(channels), torch.zeros(channels) if bias is None else bias.float()
+    numbers = [each.numpy() for each in (*of_tokens, scale, shift, sums, bias)]
+    out = torch.empty(len(q), channels, dtype=torch.bfloat16 if is_narrow else torch.float32)
+    target, scale_back = (_bits(out) if is_narrow else out.numpy()), _scaling(is_narrow)
+    rows, columns = min(ROWS * torch.get_num_threads(), len(q)), _columns(channels, count)
+    for column in range(0, channels, columns):
+        some = slice(column, column + columns)
+        packed = codes[some]
+        weight = look_up(room((len(packed), count), torch.int8), packed, levels if len(levels) == 1 else levels[some], bits)
+        run(_sum_rows, weight.numpy(), sums[some].numpy())
+        for row in range(0, len(q), rows):
+            tokens = q[row : row + rows]
+            products = room((len(tokens), len(weight)), torch.int32, "products")
+            torch._int_mm(tokens, weight.t(), out=products)
+            run(scale_back, products.numpy(), *numbers, target, row, column)
     return out.to(input.dtype).view(*input.shape[:-1], channels)
 
 
-def quantize_rows(rows, bits):
-    """Of rows [M, n] the codes q (int8 [M, n]) and scales, shifts and sums of q (float32 [M]), x = scale (q + shift).
+def _columns(channels, count):
+    """Output channels of `count` weights that are decoded at a time: as many in each part, a multiple of 64."""
+    parts = math.ceil(channels / max(MIN_COLUMNS, CACHED_BYTES // count))
+    return math.ceil(channels / parts / 64) * 64
+
+
+def quantize_rows(rows, bits, q):
+    """Fill q (int8 [M, n]) with codes of rows [M, n]; returns it, scales, shifts and sums of q (float32 [M]).
+
+    A row is scale (q + shift).
 
     Scales and codes are those of activations.quantize_tokens, q = code - 2^(bits - 1). The scale of a row with NaN or
     infinite values is NaN.
     """
     is_narrow = rows.dtype == torch.bfloat16
     numbers = _bits(rows.contiguous() if is_narrow else rows.float().contiguous())
-    q, told = torch.empty(rows.shape, dtype=torch.int8), torch.empty(3, len(rows))
+    told = torch.empty(3, len(rows))
     run(_quantize(is_narrow), numbers, F32(2**bits - 1), F32(2 ** (bits - 1)), q.numpy(), told.numpy())
     return q, *told
 
@@ -79,19 +94,14 @@ def _bits(tensor):
     return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy()
 
 
-def _weight_into(room, codes, table, zero, bits):
-    """Fill `room` with p; returns scale t, shift u and sum of p of each output channel (float32 [C])."""
+def _integer_levels(table, zero, bits, channels):
+    """What codes stand for as p (int8 [C or 1, 1, k]), with scale t and shift u of each output channel (float32 [C])."""
     if zero is not None:
         half = 2 ** (bits - 1)
         levels = torch.arange(-half, half).to(torch.int8).view(1, 1, -1)
-        scale, shift = table.float().view(-1), half - zero.float().view(-1)
-    else:
-        levels, scale, shift = round_codebooks(table.float().view(-1, table.shape[-1]))
-        levels, scale, shift = levels[:, None], scale.expand(len(codes)), shift.expand(len(codes))
-    look_up(room, codes, levels, bits)
-    sums = torch.empty(len(codes))
-    run(_sum_rows, room.numpy(), sums.numpy())
-    return scale.contiguous(), shift.contiguous(), sums
+        return levels, table.float().view(-1).contiguous(), half - zero.float().view(-1)
+    levels, scale, shift = round_codebooks(table.float().view(-1, table.shape[-1]))
+    return levels[:, None], scale.expand(channels).contiguous(), shift.expand(channels).contiguous()
 
 
 def round_codebooks(centroids):
@@ -182,12 +192,13 @@ def _scaling(is_narrow):
     def scale_back(products, scale, shift, sums, channel_scale, channel_shift, channel_sums, bias, out, row, column):
         """Fill the tile of out [M, C] that starts at (row, column) with y of its int32 `products`, sum q p.
 
-        Of the tile's tokens s, z and sum of q + z; of all output channels t, u and sum of p, and the bias.
+        Of all tokens s, z and sum of q + z; of all output channels t, u and sum of p, and the bias.
         """
         stop = column + products.shape[1]
-        for m in prange(len(products)):
+        for i in prange(len(products)):
+            m = row + i
             scale_row(
-                products[m],
+                products[i],
                 scale[m],
                 shift[m],
                 sums[m],
@@ -195,7 +206,7 @@ def _scaling(is_narrow):
                 channel_shift[column:stop],
                 channel_sums[column:stop],
                 bias[column:stop],
-                out[row + m, column:stop],
+                out[m, column:stop],
             )
 
     return scale_back

@@ -57,6 +57,8 @@ def convolution(input, codes, table, zero, bits, group, bias, shape, stride, pad
     """The convolution of one to three dimensions of `input` with the packed weight of that shape."""
     input, bias = _as_autocast(input, bias)
     geometry = (list(shape), list(stride), list(padding), list(dilation), groups)
+    if input.ndim < len(shape):  # a sample without a batch
+        return convolution(input[None], codes, table, zero, bits, group, bias, *geometry)[0]
     if _needs_gradient(input, bias):
         return _Convolution.apply(input, bias, codes, table, zero, bits, group, geometry)
     return torch.ops.qua2sedimo.convolution(input, codes, table, zero, bits, group, bias, *geometry)
@@ -162,8 +164,7 @@ def _linear_cpu(input, codes, table, zero, bits, group, bias):
 def _linear_a8_cpu(input, codes, table, zero, bits, act_bits, bias):
     if not int8.takes(input, zero, bits):
         return _linear_a8_anywhere(input, codes, table, zero, bits, act_bits, bias)
-    weight = room((len(codes), input.shape[-1]), torch.int8)
-    return int8.linear(input, weight, codes, table, zero, bits, act_bits, bias)
+    return int8.linear(input, room, codes, table, zero, bits, act_bits, bias)
 
 
 def _convolution_cpu(input, codes, table, zero, bits, group, bias, shape, *how):
@@ -172,14 +173,18 @@ def _convolution_cpu(input, codes, table, zero, bits, group, bias, shape, *how):
     return _convolve(input, weight.view(shape), bias, *how)
 
 
-def room(shape, dtype):
-    """An uninitialised tensor in this thread's buffer: whoever asks next overwrites it."""
+def room(shape, dtype, use="weight"):
+    """An uninitialised tensor in this thread's buffer of that use: whoever asks for it next overwrites it.
+
+    New memory at each call would cost more: the system has to hand it out page by page.
+    """
     size_bytes = math.prod(shape) * dtype.itemsize
-    if getattr(_OWN, "buffer", None) is None or _OWN.buffer.numel() < size_bytes:
-        _OWN.buffer = None  # let go before the larger one is there
+    buffer = vars(_OWN).get(use)
+    if buffer is None or buffer.numel() < size_bytes:
+        vars(_OWN)[use] = buffer = None  # let go before the larger one is there
         with torch.inference_mode(False):
-            _OWN.buffer = torch.empty(size_bytes, dtype=torch.uint8)
-    return _OWN.buffer[:size_bytes].view(dtype).view(shape)
+            vars(_OWN)[use] = buffer = torch.empty(size_bytes, dtype=torch.uint8)
+    return buffer[:size_bytes].view(dtype).view(shape)
 
 
 @torch.library.register_fake("qua2sedimo::linear", lib=LIBRARY)
