@@ -246,21 +246,34 @@ def _attention_name(module):
     return name if processor is None else f"{name} with {type(processor).__name__}"
 
 
-def set_activation_bits(denoiser, bits):
+def set_activation_bits(denoiser, bits, simulated=False):
     """Quantize the activations of `denoiser` to `bits` (ACT_BITS); None: back to what it was. ValueError for other bits.
 
     Reaches the inputs of the layers that quant.layers.install has put in (they have `act_bits`), and in the denoiser's
     forward, of this denoiser alone, all that goes through F.scaled_dot_product_attention, whichever module calls it.
     Attention that does not (linear attention, processors of their own, other kernels) stays float; the first forward
     says so in the log.
+
+    Packed linear layers multiply integers where the processor does so faster than floats. A denoiser that has such
+    layers quantizes these alone, on any processor: its convolutions and attention stay float, which the log says, unless
+    the quantization is to be `simulated` throughout.
     """
     if bits is not None and bits not in ACT_BITS:
         raise ValueError(f"activations take {' or '.join(map(str, ACT_BITS))} bits, or None, not {bits!r}")
-    for module in denoiser.modules():
-        if hasattr(module, "act_bits"):
-            module.act_bits = bits
+    layers = [module for module in denoiser.modules() if hasattr(module, "act_bits")]
+    packed = [layer for layer in layers if hasattr(layer, "codes")]
+    for layer in layers:
+        layer.act_bits = bits
+    for layer in packed:
+        layer.simulated = simulated
+    in_integers = bool(packed) and not simulated
+    if in_integers and bits is not None:
+        log.info(
+            "activations: the inputs of %d linear layers in %d bits; convolutions and attention stay float",
+            *(sum(isinstance(layer, torch.nn.Linear) for layer in packed), bits),
+        )
     forward = vars(denoiser).get("_quantizing_forward")
-    if bits is None:
+    if bits is None or in_integers:
         if forward is not None:
             forward.take_off()
         return

@@ -59,6 +59,7 @@ class ExchangeableLayer:
     original: torch.Tensor | None  # float weight on the host; None: the weight is it, or no one has it
     parts: list[WeightPart]
     act_bits: int | None  # None: inputs are taken as they are
+    simulated = True  # quantized inputs are floats
 
     def __init__(self, layer, precision, keep_originals=True):
         hook = take_hook(layer)

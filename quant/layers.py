@@ -7,7 +7,8 @@ Their state dictionary is the file format. For each part of the weight (one, but
     table   scales [C] or [C, G] of UAQ; centroids [k], [C, k] or [C, G, k] of K-Means; in the weights' precision
     zero    zero points of UAQ, integers, as the scales
 
-The names of a second part end in `_1`. A weight is decoded when the layer runs and let go after.
+The names of a second part end in `_1`. A weight is decoded when the layer runs and let go after: by the operators of
+quant/kernels/products.py or, where those do not know the form, as a tensor.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant.activations import quantize_channels, quantize_tokens
+from quant.kernels import products
 from quant.kernels.decode import decode
 from quant.lazy_weight import LazyWeight, read_only
 from quant.packing import pack_rows, row_bytes
@@ -88,7 +90,8 @@ class PackedLayer:
             setattr(self, name, getattr(layer, name))
         self.register_parameter("bias", layer.bias)  # first: models ask for the dtype of their first parameter
         self.train(layer.training)
-        self.parts, self.act_bits = parts, getattr(layer, "act_bits", None)
+        self.parts = parts
+        self.act_bits, self.simulated = getattr(layer, "act_bits", None), getattr(layer, "simulated", False)
         self.compute_dtype = layer.weight.dtype
         # Looked up once, not at each call, where a compiled graph would have to look into the registry.
         self._decoders = tuple((p.suffix, p.quantizer.bits, p.count, p.quantizer.group or 0, p.shape) for p in parts)
@@ -118,8 +121,11 @@ class PackedLayer:
         return weight if dtype is None else weight.to(dtype)
 
     def _decoded_part(self, suffix, bits, count, group, shape):
-        codes, table, zero = (getattr(self, name + suffix, None) for name in ("codes", "table", "zero"))
-        return decode(codes, table, zero, bits, count, group).view(shape)
+        return decode(*self._packed(suffix), bits, count, group).view(shape)
+
+    def _packed(self, suffix=""):
+        """Codes, table and zero points (None for codebooks) of a part."""
+        return tuple(getattr(self, name + suffix, None) for name in ("codes", "table", "zero"))
 
     @property
     def weight(self):
@@ -162,9 +168,10 @@ class PackedLayer:
         return [getattr(self, name) for name in part.names]
 
     def forward(self, input):
-        if self.act_bits is not None:
+        """With `act_bits`, of an input quantized to them if `simulated`, or else where products are of integers."""
+        if self.act_bits is not None and self.simulated:
             input = self.quantize_input(input, self.act_bits)
-        return self.compute(input, self.decoded(input.dtype))
+        return self.compute(input)
 
     def _apply(self, fn, recurse=True):
         """Follow `.to` and the like; the tables keep their own precision through any cast."""
@@ -207,16 +214,31 @@ class _PackedConvolution(PackedLayer):
     geometry = CONVOLUTION
     quantize_input = staticmethod(quantize_channels)
 
-    def compute(self, input, weight):
-        return self._conv_forward(input, weight, self.bias)
+    def compute(self, input):
+        if len(self._decoders) > 1 or isinstance(self.padding, str):
+            return self._conv_forward(input, self.decoded(input.dtype), self.bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), (0,) * len(padding)
+        ((_, bits, _, group, shape),) = self._decoders
+        how = shape, self.stride, padding, self.dilation, self.groups
+        return products.convolution(input, *self._packed(), bits, group, self.bias, *how)
 
 
 class QuantLinear(PackedLayer, nn.Linear):
     float_class, geometry = nn.Linear, ("in_features", "out_features")
     quantize_input = staticmethod(quantize_tokens)
 
-    def compute(self, input, weight):
-        return F.linear(input, weight, self.bias)
+    def compute(self, input):
+        in_integers = self.act_bits is not None and not self.simulated
+        if len(self._decoders) > 1:
+            input = quantize_tokens(input, self.act_bits) if in_integers else input
+            return F.linear(input, self.decoded(input.dtype), self.bias)
+        ((_, bits, _, group, _),) = self._decoders
+        if in_integers and not group:
+            return products.linear_a8(input, *self._packed(), bits, self.act_bits, self.bias)
+        input = quantize_tokens(input, self.act_bits) if in_integers else input
+        return products.linear(input, *self._packed(), bits, group, self.bias)
 
 
 class QuantConv1d(_PackedConvolution, nn.Conv1d):

@@ -1,10 +1,11 @@
 """Packed codes to weights: the one decoding, an operator of PyTorch's (`torch.ops.qua2sedimo.decode`).
 
-Being an operator, it is one node of a compiled graph. On the CPU a kernel unpacks a row at a time while it is in the
-processor's cache and looks its levels up; on an NVIDIA GPU one of Triton's does (quant/kernels/triton_decode.py).
-Elsewhere, and for tables of float64 there, PyTorch's own operations do.
+Being an operator, it is one node of a compiled graph. On the CPU a kernel looks a row's levels up, eight codes at a time;
+on an NVIDIA GPU one of Triton's does (quant/kernels/triton_decode.py). Elsewhere, and for tables of float64 there,
+PyTorch's own operations do.
 """
 
+import functools
 import importlib.util
 
 import numpy as np
@@ -17,7 +18,9 @@ from quant.rows import run
 
 LIBRARY = torch.library.Library("qua2sedimo", "DEF")
 LIBRARY.define("decode(Tensor codes, Tensor table, Tensor? zero, int bits, int count, int group) -> Tensor")
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a look-up moves values, whatever they are
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes: a look-up moves values, whatever they are
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 2**18  # weights whose codes are turned into numbers together, which stay in the processor's cache
 
 
 def decode(codes, table, zero, bits, count, group=0):
@@ -33,10 +36,19 @@ def decode(codes, table, zero, bits, count, group=0):
 def levels_of(table, zero, bits, rows):
     """The values [C, G, 2^bits or k] that codes stand for; the first dimension is 1 where all rows share them."""
     if zero is not None:
-        steps = torch.arange(2**bits, device=table.device, dtype=table.dtype)
-        scale, zero = table.reshape(rows, -1, 1), zero.reshape(rows, -1, 1)
-        return (steps - zero.to(table.dtype)) * scale
+        steps = torch.arange(2**bits, device=table.device, dtype=torch.promote_types(table.dtype, torch.float32))
+        return _uniform(steps, bits, table.reshape(rows, -1, 1), zero.reshape(rows, -1, 1))
     return table.view(1, 1, -1) if table.ndim == 1 else table.reshape(rows, -1, table.shape[-1])
+
+
+def _uniform(codes, bits, scale, zero):
+    """(codes - zero) x scale, each step rounded to the dtype of `scale`; computed wider, where processors are faster."""
+    dtype, wide = scale.dtype, codes.dtype
+    if zero.dtype == torch.int8 and bits < 8:  # differences of at most 8 bits and a sign, which every dtype holds
+        differences = codes - zero.to(wide)
+    else:
+        differences = (codes - zero.to(dtype).to(wide)).to(dtype).to(wide)
+    return differences.mul_(scale.to(wide)).to(dtype)
 
 
 def check_shapes(codes, table, zero, bits, count, group):
@@ -59,11 +71,26 @@ def _decode_anywhere(codes, table, zero, bits, count, group):
 
 
 def _decode_cpu(codes, table, zero, bits, count, group):
-    check_shapes(codes, table, zero, bits, count, group)
-    levels = levels_of(table, zero, bits, len(codes)).contiguous()
-    integer = INTEGERS[levels.itemsize]
-    out = torch.empty(len(codes), count, dtype=levels.dtype)
-    run(_look_up, codes.contiguous().numpy(), levels.view(integer).numpy(), bits, group or count, out.view(integer).numpy())
+    return decode_into(torch.empty(len(codes), count, dtype=table.dtype), codes, table, zero, bits, group)
+
+
+def decode_into(out, codes, table, zero, bits, group=0):
+    """`decode` on the CPU into `out`, a contiguous tensor [C, count] of any floating dtype."""
+    check_shapes(codes, table, zero, bits, out.shape[1], group)
+    if zero is not None and group and 2**bits > group / 2:
+        return _compute(out, codes, table, zero, bits, group)
+    return look_up(out, codes, levels_of(table, zero, bits, len(codes)).to(out.dtype), bits, group)
+
+
+def _compute(out, codes, table, zero, bits, group):
+    """As `decode_into`, by arithmetic: where groups are so small that a look-up has about as many levels as weights."""
+    rows = max(1, CHUNK // out.shape[1])
+    identity = torch.arange(2**bits).to(torch.uint8).view(1, 1, -1)
+    for part, packed, scale, shift in zip(*(each.split(rows) for each in (out, codes, table, zero)), strict=True):
+        numbers = look_up(torch.empty(part.shape, dtype=torch.uint8), packed, identity, bits)
+        scale, shift = (each.repeat_interleave(group, dim=1)[:, : out.shape[1]] for each in (scale, shift))
+        numbers = numbers.to(torch.promote_types(scale.dtype, torch.float32))
+        part.copy_(_uniform(numbers, bits, scale, shift))
     return out
 
 
@@ -73,6 +100,24 @@ def _decode_cuda(codes, table, zero, bits, count, group):
     if not triton_decode.is_supported(table):
         return _decode_anywhere(codes, table, zero, bits, count, group)
     return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, group)
+
+
+def look_up(out, codes, levels, bits, group=0):
+    """Fill `out` [C, count], contiguous, with those of `levels` [C or 1, G, k], of its dtype, that packed codes name.
+
+    Codes beyond the last level, as of a damaged file, count as it.
+    """
+    unsigned, count = UNSIGNED[out.itemsize], out.shape[1]
+    as_pairs = bits <= 4 and not group and count % 2 == 0 and out.itemsize < 8
+    packed, values, chosen = codes.contiguous().numpy(), _integers(levels.contiguous()), _integers(out)
+    if as_pairs:
+        chosen = chosen.view(UNSIGNED[2 * out.itemsize])
+    run(_kernel(bits, as_pairs, unsigned), packed, values, (group or count) // (1 + as_pairs), chosen)
+    return out
+
+
+def _integers(tensor):
+    return tensor.view(INTEGERS[tensor.itemsize]).numpy().view(UNSIGNED[tensor.itemsize])
 
 
 @torch.library.register_fake("qua2sedimo::decode", lib=LIBRARY)
@@ -86,21 +131,67 @@ if importlib.util.find_spec("triton"):  # which torch brings, but not on all sys
     LIBRARY.impl("decode", _decode_cuda, "CUDA")
 
 
-@kernel(parallel=True, nogil=True)
-def _look_up(packed, levels, bits, group, out):
-    """out [C, n]: of each row's `levels` [C or 1, G, k] those that its packed codes [C, B] name."""
-    last = levels.shape[2] - 1
-    for channel in prange(len(out)):
-        row, chosen = packed[channel], out[channel]
-        own = levels[min(np.int64(channel), np.int64(len(levels) - 1))]
-        if bits == 4 and len(own) == 1 and last == 15:
-            _look_up_4(row, own[0], chosen)
-        elif bits == 3 and len(own) == 1 and last == 7:
-            _look_up_3(row, own[0], chosen)
-        else:
-            for g in range(len(own)):
-                for i in range(g * group, min((g + 1) * group, len(chosen))):
-                    chosen[i] = own[g, min(_code(row, i, bits), last)]
+@functools.cache
+def _kernel(bits, as_pairs, unsigned):
+    """The look-up of codes of so many bits among levels of a type, in which all of these are constants.
+
+    `as_pairs`: two codes at a time, as one of twice the bits, among all pairs of levels.
+    """
+    width, per_word = (2 * bits, 4) if as_pairs else (bits, 8)  # of codes; a word holds as many bytes as codes have bits
+    shift, mask, byte = np.uint64(width), np.uint64(2**width - 1), np.uint64(8)
+    wide = UNSIGNED[2 * np.dtype(unsigned).itemsize] if as_pairs else unsigned
+    high = wide(8 * np.dtype(unsigned).itemsize % 64)
+
+    @kernel(nogil=True)
+    def fill(table, own, levels):
+        """table [2^width]: the levels, or their pairs, the first in the low half; `own` [2^bits] is room for levels."""
+        last = len(levels) - 1
+        if not as_pairs:
+            for code in range(2**bits):
+                table[code] = levels[min(code, last)]
+            return
+        for code in range(2**bits):
+            own[code] = levels[min(code, last)]
+        for second in range(2**bits):
+            upper = wide(own[second]) << high
+            for first in range(2**bits):
+                table[second * 2**bits + first] = wide(own[first]) | upper
+
+    @kernel(nogil=True)
+    def look_up_words(row, table, out):
+        for number in range(len(out) // per_word):
+            word = np.uint64(0)
+            for i in range(bits):
+                word |= np.uint64(row[bits * number + i]) << (byte * np.uint64(i))
+            for i in range(per_word):
+                out[per_word * number + i] = table[(word >> (shift * np.uint64(i))) & mask]
+
+    @kernel(nogil=True)
+    def look_up_rows(packed, levels, group, out):
+        """Of levels [1, G, k] that all rows share, or [C, G, k]."""
+        own, table = np.empty(2**bits, unsigned), np.empty(2**width, wide)
+        is_shared = len(levels) == 1 and levels.shape[1] == 1
+        for channel in range(len(out)):
+            for g in range(levels.shape[1]):
+                if channel == 0 or not is_shared:
+                    fill(table, own, levels[min(channel, len(levels) - 1), g])
+                begin = g * group
+                chosen = out[channel, begin : begin + group]
+                whole = len(chosen) // per_word * per_word if begin * width % 8 == 0 else 0
+                look_up_words(packed[channel, begin * width // 8 :], table, chosen[:whole])
+                for i in range(whole, len(chosen)):
+                    chosen[i] = table[_code(packed[channel], begin + i, width)]
+
+    @kernel(parallel=True, nogil=True)
+    def look_up_all(packed, levels, group, out):
+        """out [C, n]: of each row's `levels` [C or 1, G, k] those that its packed codes [C, B] name."""
+        step = max(16, -(-len(out) // 64))
+        for part in prange(-(-len(out) // step)):
+            start, stop = part * step, min((part + 1) * step, len(out))
+            own = levels if len(levels) == 1 else levels[start:stop]
+            look_up_rows(packed[start:stop], own, group, out[start:stop])
+
+    return look_up_all
 
 
 @kernel()
@@ -112,23 +203,3 @@ def _code(row, i, bits):
     if shift + bits > 8:
         word |= int(row[byte + 1]) << 8
     return (word >> shift) & ((1 << bits) - 1)
-
-
-@kernel()
-def _look_up_4(row, levels, out):
-    for pair in range(len(out) // 2):
-        out[2 * pair] = levels[row[pair] & 15]
-        out[2 * pair + 1] = levels[row[pair] >> 4]
-    if len(out) % 2:
-        out[-1] = levels[row[len(out) // 2] & 15]
-
-
-@kernel()
-def _look_up_3(row, levels, out):
-    whole = len(out) // 8
-    for eight in range(whole):
-        word = int(row[3 * eight]) | int(row[3 * eight + 1]) << 8 | int(row[3 * eight + 2]) << 16
-        for i in range(8):
-            out[8 * eight + i] = levels[(word >> 3 * i) & 7]
-    for i in range(8 * whole, len(out)):
-        out[i] = levels[_code(row, i, 3)]
