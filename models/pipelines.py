@@ -52,9 +52,14 @@ def pick_device(name=None):
     return device
 
 
-def compute_dtype(family, device):
-    """What a device computes in: the family's precision; on the CPU float32, which is faster there."""
-    return torch.float32 if device.type == "cpu" else family.dtype
+def compute_dtype(family, device, wanted=None):
+    """What a device computes in: what is `wanted`; else the family's precision, on the CPU float32."""
+    return wanted or (torch.float32 if device.type == "cpu" else family.dtype)
+
+
+def has_bfloat16_units():
+    """Whether this machine's CPU multiplies bfloat16 faster than float32."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Extras:
     negative_prompt: str | None = None
     vae_tiling: bool = False
     offload: str = "none"  # one of OFFLOADS
+    compute_dtype: torch.dtype | None = None  # what is computed in; None: what `compute_dtype` says
 
 
 PLAIN = Extras()
@@ -144,9 +150,9 @@ class Sampler:
     def place(self, device):
         """Put the pipelines on the device, or see to it that their parts come there when they are called.
 
-        What is not packed is cast to what the device computes in.
+        What is not packed is cast to what is computed in.
         """
-        if (dtype := compute_dtype(self.family, device)) != self.family.dtype:
+        if (dtype := compute_dtype(self.family, device, self.extras.compute_dtype)) != self.family.dtype:
             for pipeline in self.pipelines:
                 _cast(pipeline, dtype)
         _place(self.pipelines, device, self.extras.offload)
@@ -160,9 +166,17 @@ class Sampler:
 
 
 def _cast(pipeline, dtype):
-    """Cast all models of a pipeline; diffusers' own `to` refuses packed ones, whose codes and tables stay as they are."""
+    """Cast all models of a pipeline but what diffusers keeps in float32.
+
+    diffusers' own `to` refuses packed ones, whose codes and tables stay as they are.
+    """
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, diffusers.ModelMixin) and dtype != torch.float32 and part._keep_in_fp32_modules:
+            kept = set(part._keep_in_fp32_modules)
+            for path, module in part.named_modules():
+                if kept.isdisjoint(path.split(".")):
+                    module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
+        elif isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype=dtype)
 
 
@@ -212,7 +226,7 @@ def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, pla
 def load_encoder(family, model_id, device, extras=PLAIN):
     """The family's pipelines with their text encoders alone: a Sampler that can `encode` and nothing else."""
     source, embedded = model_of(family, model_id), is_embedded(family, model_id)
-    dtype = compute_dtype(family, device)
+    dtype = compute_dtype(family, device, extras.compute_dtype)
     pipeline = _load_pipeline(family, source, family.pipeline, extras, TEXT_ENCODERS, embedded=embedded, dtype=dtype)
     refiner = None
     if extras.refiner_id is not None:

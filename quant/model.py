@@ -163,6 +163,10 @@ class QuantizedModel:
             if part.method != configuration[key]:
                 part.set_method(configuration[key], self.parameters(key, configuration[key]))
 
+    def keep_originals(self):
+        """Keep float weights from now on, so that the module may be cast and still take configurations of them."""
+        self._install(keep_originals=True)
+
     def restore(self):
         """Put the float weights back."""
         for part in self.parts.values():

@@ -5,13 +5,14 @@ Images are kept as they come, in a folder of the run's own. A run that was cut o
 
 import argparse
 import contextlib
+import functools
 from pathlib import Path
 
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
 from models.components import is_packed, quiet_loading
 from models.families import PUBLISHED_CONFIGS
-from models.pipelines import defaults, model_of, pick_device
+from models.pipelines import defaults, has_bfloat16_units, is_embedded, model_of, pick_device
 from quant import config, layers
 from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import remove_leftovers, save_png
@@ -32,6 +33,7 @@ from stages.sampling import (
 )
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
+INTEGER, SIMULATED, ANY = "integer", "simulated", "any"  # how activations are quantized
 # Flags on which no image depends, or which stand beside a key of what they name.
 FREE_FLAGS = {
     *("outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug"),
@@ -122,7 +124,8 @@ def run(family, args, flags, device, prompts, folder):
         packed = (layer for _, layer in layers.packed_layers(sampler.denoiser))
         put, avg_bits, size_bytes = None, *size_of(packed, family.precision_bits)
     else:
-        put, avg_bits, size_bytes = chosen(args, family, sampler.denoiser)
+        model, configuration, avg_bits, size_bytes = chosen(args, family, sampler.denoiser)
+        put = functools.partial(quantize, args, model, configuration)
     save_settings(flags, folder / SETTINGS)
     log.info("%s: average %.3f bits, %s bytes", args.q_config, avg_bits, f"{size_bytes:,}")
     if args.packed:
@@ -131,6 +134,8 @@ def run(family, args, flags, device, prompts, folder):
     show_steps(sampler)
     settings = settings_of(args)
     if unseen:
+        if args.compute_dtype:
+            model.keep_originals()
         place(sampler, device)
         originals.draw(unseen, sampler, settings, "full precision")
         sampler.gather()
@@ -138,21 +143,23 @@ def run(family, args, flags, device, prompts, folder):
         if put is not None:
             put()
         if args.quant_act:
-            set_activation_bits(sampler.denoiser, args.act_bit)
+            set_activation_bits(sampler.denoiser, args.act_bit, simulated=args.quant_act == SIMULATED)
         place(sampler, device)
         samples.draw(unquantized, sampler, settings, "quantized")
-    activations = f", activations {args.act_bit} bits" if args.quant_act else ""
+    activations = (
+        f", activations {args.act_bit} bits{' simulated' * (args.quant_act == SIMULATED)}" if args.quant_act else ""
+    )
     rows = [] if args.no_compare else [(f"full precision, {family.precision_bits} bits", originals)]
     finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)
 
 
 def chosen(args, family, denoiser):
-    """(what puts the configuration into the denoiser, its average bits, its bytes)."""
+    """(the denoiser's QuantizedModel, the configuration that it is to take, its average bits, its bytes)."""
     model = multi_chkpt.load(args.multi_chkpt, family, denoiser)
     configuration = q_config.load(args.q_config, model.slots)
     description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)
-    return lambda: quantize(args, model, configuration), avg_bits, config.quantized_size(description)
+    return model, configuration, avg_bits, config.quantized_size(description)
 
 
 def quantize(args, model, configuration):
@@ -220,25 +227,53 @@ def parse_args(family):
     else:
         parser.add_argument("--prompt", type=utf8, nargs="+", help=f"prompt, or several in turn; default '{family.prompt}'")
     parser.add_argument("--n_imgs", type=at_least(1), help="number of images; default one per prompt or class")
-    parser.add_argument("--quant_act", action="store_true", help="quantize activations too, online and token-wise")
+    parser.add_argument(
+        "--quant_act",
+        nargs="?",
+        choices=(INTEGER, SIMULATED),
+        const=ANY,
+        default=False,
+        help=f"quantize activations too, online and token-wise: {INTEGER}, the default of packed weights, multiplies whole "
+        f"numbers in linear layers and leaves convolutions and attention float; {SIMULATED} rounds floats in all three, as "
+        "the paper does",
+    )
     parser.add_argument("--act_bit", type=int, choices=ACT_BITS, default=ACT_BITS[0], help="their bits, with --quant_act")
     parser.add_argument("--no_compare", action="store_true", help="leave out the full-precision images")
-    parser.add_argument("--pack", action="store_true", help="hold weights as packed 4/3-bit codes; less memory, slower")
-    add_sampling_flags(parser, family)
+    parser.add_argument(
+        "--pack",
+        action=argparse.BooleanOptionalAction,
+        help="hold weights as packed 4/3-bit codes, a quarter of the memory; default on a CPU, where it is as fast",
+    )
+    add_sampling_flags(parser, family, on_cpu="bfloat16 if it has units for that, else float32")
     return parser.parse_args(complete=lambda args: complete(args, family))
 
 
 def complete(args, family):
     """Flags {name: value}, those left out filled from what is known of the model."""
-    found, row = complete_sampling(args, family), defaults(family, args.model_id)
+    row = defaults(family, args.model_id)
+    found = complete_sampling(args, family)
     source = None if is_own(family, args.model_id) else model_of(family, args.model_id)
     if source is not None and is_packed(source, family.denoiser):
         found |= of_packed(args, family, source)
     else:
         found |= {"packed": False, "q_config": row.q_config if args.q_config is None else args.q_config}
+    found |= how_to_compute(args, family, found["packed"])
     if family.num_classes:
         return found | {"cls_id": class_ids(args, row, found["num_classes"])}
     return found | {"prompt": args.prompt or [row.prompt]}
+
+
+def how_to_compute(args, family, packed):
+    """--compute_dtype, --pack and --quant_act, those left out as is best on the device, or for a model that is packed."""
+    on_cpu = pick_device(args.device).type == "cpu"
+    own_dtype = "bfloat16" if on_cpu and has_bfloat16_units() and not is_embedded(family, args.model_id) else None
+    if args.quant_act == INTEGER and args.pack is False and not packed:
+        raise InputError(f"--quant_act {INTEGER}: is for packed weights; leave --no-pack out, or give {SIMULATED}")
+    pack = packed or args.quant_act == INTEGER or on_cpu if args.pack is None else args.pack
+    quant_act = args.quant_act
+    if quant_act == ANY:
+        quant_act = INTEGER if pack or packed else SIMULATED
+    return {"compute_dtype": args.compute_dtype or own_dtype, "pack": pack, "quant_act": quant_act}
 
 
 def class_ids(args, row, count):

@@ -26,7 +26,7 @@ from models.pipelines import (
 from models.prompt_memo import encode_prompts, remember
 from quant.memory import return_free_memory
 from stages import prompt_files
-from stages.common import add_flag, at_least, finite, in_precision, log, multiquantizer_of
+from stages.common import PRECISIONS, add_flag, at_least, finite, in_precision, log, multiquantizer_of
 
 RESOLUTION_STEP = 16  # pixels: the autoencoders' 8 times the transformers' patches of 2
 STEP_BAR_SECONDS = 5  # a batch that takes longer shows its steps
@@ -44,13 +44,14 @@ IMAGE_FLAGS = (
     "scheduler",
     "negative_prompt",
     "dtype",
+    "compute_dtype",
     "lora_key",  # scale and content of each --lora
     "multiquantizer_key",  # what is in the file of --multi_chkpt
 )
 
 
-def add_sampling_flags(parser, family):
-    """The flags of the stages that make images."""
+def add_sampling_flags(parser, family, on_cpu="float32"):
+    """The flags of the stages that make images; `on_cpu` says what is computed in there by default."""
     parser.add_argument(
         "--res",
         type=resolution,
@@ -66,6 +67,11 @@ def add_sampling_flags(parser, family):
         choices=OFFLOADS,
         default="none",
         help="keep weights on the host but for the model (or, slowly, the layer) that is running; for small GPUs",
+    )
+    parser.add_argument(
+        "--compute_dtype",
+        choices=list(PRECISIONS),
+        help=f"what is computed in, whatever precision weights have; default the weights' own, on a CPU {on_cpu}",
     )
     parser.add_argument(
         "--vae_tiling", action="store_true", default=None, help="decode images in tiles: less memory at high resolutions"
@@ -231,6 +237,7 @@ def extras_of(args):
         negative_prompt=args.negative_prompt,
         vae_tiling=bool(args.vae_tiling),
         offload=args.offload,
+        compute_dtype=PRECISIONS.get(args.compute_dtype),
     )
 
 

@@ -9,7 +9,7 @@ from errors import InputError
 from models import geometry
 from models.facts import native_pixels
 from models.pipelines import compute_dtype, height_width, is_embedded, model_of
-from stages.common import log
+from stages.common import PRECISIONS, log
 from stages.labelling import successive_halving
 from stages.units import as_size, as_time
 
@@ -102,7 +102,7 @@ def prompt_bytes(args, family, device):
     inputs |= inputs.get("added_cond_kwargs", {})
     numbers = sum(value.numel() for name, value in inputs.items() if "text" in name or "encoder" in name)
     refined = 2 if getattr(args, "refiner_id", None) else 1
-    return refined * args.n_imgs * numbers * compute_dtype(family, device).itemsize
+    return refined * args.n_imgs * numbers * compute_dtype(family, device, PRECISIONS.get(args.compute_dtype)).itemsize
 
 
 def bytes_below(folder):
