@@ -10,6 +10,7 @@ import importlib.util
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import prange
 
 from quant.compiled import kernel
@@ -20,7 +21,7 @@ LIBRARY = torch.library.Library("qua2sedimo", "DEF")
 LIBRARY.define("decode(Tensor codes, Tensor table, Tensor? zero, int bits, int count, int group) -> Tensor")
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes: a look-up moves values, whatever they are
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**18  # weights whose codes are turned into numbers together, which stay in the processor's cache
+CHUNK = 2**18  # numbers computed together, which stay in the processor's cache
 
 
 def decode(codes, table, zero, bits, count, group=0):
@@ -76,30 +77,38 @@ def _decode_cpu(codes, table, zero, bits, count, group):
 
 def decode_into(out, codes, table, zero, bits, group=0):
     """`decode` on the CPU into `out`, a contiguous tensor [C, count] of any floating dtype."""
-    check_shapes(codes, table, zero, bits, out.shape[1], group)
-    if zero is not None and group and 2**bits > group / 2:
-        return _compute(out, codes, table, zero, bits, group)
-    return look_up(out, codes, levels_of(table, zero, bits, len(codes)).to(out.dtype), bits, group)
-
-
-def _compute(out, codes, table, zero, bits, group):
-    """As `decode_into`, by arithmetic: where groups are so small that a look-up has about as many levels as weights."""
-    rows = max(1, CHUNK // out.shape[1])
-    identity = torch.arange(2**bits).to(torch.uint8).view(1, 1, -1)
+    count = out.shape[1]
+    check_shapes(codes, table, zero, bits, count, group)
+    if zero is None:
+        return look_up(out, codes, levels_of(table, zero, bits, len(codes)).to(out.dtype), bits, group)
+    # A look-up among about as many levels as there are weights would cost more than the arithmetic does.
+    by_arithmetic = group and 2**bits > group / 2
+    numbers = count if by_arithmetic else 2**bits * (-(-count // group) if group else 1)
+    rows = max(16, CHUNK // max(numbers, 1))
     for part, packed, scale, shift in zip(*(each.split(rows) for each in (out, codes, table, zero)), strict=True):
-        numbers = look_up(torch.empty(part.shape, dtype=torch.uint8), packed, identity, bits)
-        scale, shift = (each.repeat_interleave(group, dim=1)[:, : out.shape[1]] for each in (scale, shift))
-        numbers = numbers.to(torch.promote_types(scale.dtype, torch.float32))
-        part.copy_(_uniform(numbers, bits, scale, shift))
+        if by_arithmetic:
+            part.copy_(_compute(packed, scale, shift, bits, count, group))
+        else:
+            look_up(part, packed, levels_of(scale, shift, bits, len(packed)).to(out.dtype), bits, group)
     return out
 
 
+<<<<<<< HEAD
 def _decode_cuda(codes, table, zero, bits, count, group):
     from quant.kernels import triton_decode
 
     if not triton_decode.is_supported(table):
         return _decode_anywhere(codes, table, zero, bits, count, group)
     return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, group)
+=======
+def _compute(codes, scale, zero, bits, count, group):
+    """Weights [C, count] of UAQ in groups, in the dtype of the scales [C, G]."""
+    identity = torch.arange(2**bits).to(torch.uint8).view(1, 1, -1)
+    numbers = look_up(torch.empty(len(codes), count, dtype=torch.uint8), codes, identity, bits)
+    numbers = F.pad(numbers, (0, -count % group)).unflatten(1, (-1, group))
+    numbers = numbers.to(torch.promote_types(scale.dtype, torch.float32))
+    return _uniform(numbers, bits, scale[:, :, None], zero[:, :, None]).flatten(1)[:, :count]
+>>>>>>> help-e
 
 
 def look_up(out, codes, levels, bits, group=0):
@@ -154,8 +163,9 @@ def _kernel(bits, as_pairs, unsigned):
             own[code] = levels[min(code, last)]
         for second in range(2**bits):
             upper = wide(own[second]) << high
+            part = table[second * 2**bits : (second + 1) * 2**bits]
             for first in range(2**bits):
-                table[second * 2**bits + first] = wide(own[first]) | upper
+                part[first] = wide(own[first]) | upper
 
     @kernel(nogil=True)
     def look_up_words(row, table, out):

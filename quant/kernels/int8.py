@@ -30,7 +30,7 @@ F32 = np.float32
 @functools.cache
 def has_units():
     """Whether this processor multiplies int8 faster than floats."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    return torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
 def takes(input, zero, bits):

@@ -32,7 +32,7 @@ def library_s_own(class_name, folder, dtype):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Compute in the family's own precision on the CPU too."""
-    monkeypatch.setattr(pipelines, "compute_dtype", lambda family, device: family.dtype)
+    monkeypatch.setattr(pipelines, "compute_dtype", lambda family, device, wanted=None: family.dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)

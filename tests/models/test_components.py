@@ -35,7 +35,7 @@ def test_every_precision_is_the_librarys_own(name, monkeypatch):
     family = FAMILIES[name.removesuffix("_refiner")]
     if family.name == "sdv15":
         family = in_precision(family, "float16")
-    monkeypatch.setattr(pipelines, "compute_dtype", lambda family, device: family.dtype)
+    monkeypatch.setattr(pipelines, "compute_dtype", lambda family, device, wanted=None: family.dtype)
     refined = name.endswith("_refiner")
     sampler = load_sampler(family, "embedded", CPU, Extras(str(EMBEDDED_FOLDER / name)) if refined else Extras())
     ours = sampler.refiner if refined else sampler.pipeline

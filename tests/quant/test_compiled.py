@@ -31,6 +31,24 @@ def test_kernels_are_kept(cache):
     assert again(21) == 42 and sum(again.stats.cache_hits.values()) == 1
 
 
+def multiplier(factor):
+    @kernel()
+    def inner(x):
+        return factor * x
+
+    @kernel()
+    def outer(x):
+        return inner(x) + 1
+
+    return outer
+
+
+def test_kernels_made_of_kernels_are_kept_and_told_apart(cache):
+    assert [multiplier(factor)(21) for factor in (2, 3)] == [43, 64]
+    again = multiplier(3)
+    assert again(21) == 64 and sum(again.stats.cache_hits.values()) == 1
+
+
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_damaged_file_is_compiled_anew(cache, suffix):
     assert kernel()(twice)(21) == 42
