@@ -93,14 +93,14 @@ def decode_into(out, codes, table, zero, bits, group=0):
     return out
 
 
-<<<<<<< HEAD
 def _decode_cuda(codes, table, zero, bits, count, group):
     from quant.kernels import triton_decode
 
     if not triton_decode.is_supported(table):
         return _decode_anywhere(codes, table, zero, bits, count, group)
     return triton_decode.decode_into(table.new_empty(len(codes), count), codes, table, zero, bits, group)
-=======
+
+
 def _compute(codes, scale, zero, bits, count, group):
     """Weights [C, count] of UAQ in groups, in the dtype of the scales [C, G]."""
     identity = torch.arange(2**bits).to(torch.uint8).view(1, 1, -1)
@@ -108,7 +108,6 @@ def _compute(codes, scale, zero, bits, count, group):
     numbers = F.pad(numbers, (0, -count % group)).unflatten(1, (-1, group))
     numbers = numbers.to(torch.promote_types(scale.dtype, torch.float32))
     return _uniform(numbers, bits, scale[:, :, None], zero[:, :, None]).flatten(1)[:, :count]
->>>>>>> help-e
 
 
 def look_up(out, codes, levels, bits, group=0):
