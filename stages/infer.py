@@ -33,7 +33,7 @@ from stages.sampling import (
 )
 
 SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
-INTEGER, SIMULATED, ANY = "integer", "simulated", "any"  # how activations are quantized
+INTEGER, SIMULATED, ANY = "integer", "simulated", True  # how activations are quantized
 # Flags on which no image depends, or which stand beside a key of what they name.
 FREE_FLAGS = {
     *("outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug"),
@@ -271,7 +271,7 @@ def how_to_compute(args, family, packed):
         raise InputError(f"--quant_act {INTEGER}: is for packed weights; leave --no-pack out, or give {SIMULATED}")
     pack = packed or args.quant_act == INTEGER or on_cpu if args.pack is None else args.pack
     quant_act = args.quant_act
-    if quant_act == ANY:
+    if quant_act is ANY:
         quant_act = INTEGER if pack or packed else SIMULATED
     return {"compute_dtype": args.compute_dtype or own_dtype, "pack": pack, "quant_act": quant_act}
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, script
 from PIL import Image
 
-from models import drawing
+from models import drawing, pipelines
+from models.families import FAMILIES
 from models.pipelines import Sampler
 from quant.exchangeable import ExchangeableLayer
 from quant.layers import PackedLayer
@@ -85,7 +86,7 @@ def test_a_run_that_was_cut_off_goes_on(whole, run_infer, batches, tmp_path, don
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
     assert len(kept) == (2, COUNT + 2)[done > 3]
     batches.stop_after, batches.asked = None, []
-    code, printed = run_infer("--run", folder.name, "--batch_size", 3, "--pack")
+    code, printed = run_infer("--run", folder.name, "--batch_size", 3, "--no-pack")
     assert code == 0, printed
     assert len(batches.asked) == 2 * COUNT - len(kept)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
@@ -126,7 +127,7 @@ def test_what_is_there_is_not_drawn_again(made, run_infer, batches, monkeypatch)
         (("--steps", 3), "--steps 2, not 3"),
         (("--seed", 1), "--seed 42, not 1"),
         (("--cls_id", 3), "--cls_id [3, 8], not [3]"),
-        (("--quant_act",), "--quant_act False, not True"),
+        (("--quant_act",), "--quant_act False, not integer"),
         (("--q_config", "uniform:mse-3"), "--q_config uniform:mse-4, not uniform:mse-3"),
         (("--guidance", 1.5), "--guidance 4.0, not 1.5"),
     ],
@@ -193,9 +194,46 @@ def test_weights_are_quantized_before_they_are_placed_and_held_once(run_infer, m
         place(sampler, device)
 
     monkeypatch.setattr(Sampler, "place", noting)
-    flags = ("--n_imgs", 1, *(["--pack"] if pack else []), *([] if compare else ["--no_compare"]))
+    flags = ("--n_imgs", 1, *([] if pack else ["--no-pack"]), *([] if compare else ["--no_compare"]))
     assert run_infer(*flags)[0] == 0
     assert placed == ([(False, False)] if compare else []) + [(not pack, pack)]
+
+
+def test_configurations_are_of_the_weights_whatever_is_computed_in(run_infer, tmp_path):
+    """bfloat16 holds fewer digits than the weights: quantizing what it has made of them would give other codes."""
+    flags = ("--n_imgs", 2, "--compute_dtype", "bfloat16")
+    assert run_infer("--run", "a", *flags)[0] == run_infer("--run", "b", *flags, "--no_compare")[0] == 0
+    assert run_infer("--run", "c", "--n_imgs", 2, "--no_compare")[0] == 0
+    one, other, in_float32 = (drawn(tmp_path / run) for run in "abc")
+    assert_same({name: one[name] for name in other}, other)
+    with pytest.raises(AssertionError):
+        assert_same(in_float32, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "bfloat16_units", "found"),
+    [
+        ((), True, (None, True, False)),
+        (("--model_id", "FOLDER"), True, ("bfloat16", True, False)),
+        (("--model_id", "FOLDER"), False, (None, True, False)),
+        (("--model_id", "FOLDER", "--compute_dtype", "float32"), True, ("float32", True, False)),
+        (("--quant_act",), True, (None, True, "integer")),
+        (("--quant_act", "simulated"), True, (None, True, "simulated")),
+        (("--quant_act", "--no-pack"), True, (None, False, "simulated")),
+    ],
+)
+def test_what_is_computed_in(monkeypatch, tmp_path, flags, bfloat16_units, found):
+    folder = str(shutil.copytree(Path(pipelines.__file__).parent / "embedded" / "dit", tmp_path / "model"))  # anyone's
+    monkeypatch.setattr(infer, "has_bfloat16_units", lambda: bfloat16_units)
+    argv = ["infer", "--device", "cpu", "--model_id", "embedded", *(folder if each == "FOLDER" else each for each in flags)]
+    monkeypatch.setattr("sys.argv", argv)
+    args = infer.parse_args(FAMILIES["dit"])
+    assert (args.compute_dtype, args.pack, args.quant_act) == found
+
+
+def test_integers_need_packed_weights(run_infer):
+    code, printed = run_infer("--quant_act", "integer", "--no-pack")
+    assert code == 2 and "--quant_act integer: is for packed weights" in printed
 
 
 @pytest.mark.parametrize("seconds", [0, 5])
