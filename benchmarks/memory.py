@@ -27,7 +27,7 @@ from quant.slots import find_slots
 
 FIT_BYTES = 50  # per weight of the largest layer, while all six quantizers are fitted to it on an H100 (fit_h100.json)
 INCEPTION_BYTES = 96_000_000  # what FID's features are computed with, in float32
-STAGES = ("multiquantizer", "text encoders", "eval_random", "infer", "infer --pack")
+STAGES = ("multiquantizer", "text encoders", "eval_random", "infer --no-pack", "infer --pack")
 NOT_BY_LAYERS = ("hunyuan",)  # their pipelines keep the denoiser whole on the device
 
 

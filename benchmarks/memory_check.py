@@ -25,7 +25,11 @@ from models import geometry
 from models.families import FAMILIES
 from models.pipelines import EMBEDDED_FOLDER
 
-STAGES = {"multiquantizer": (), "infer": (), "infer --pack": ("--pack", "--no_compare")}  # and their flags
+STAGES = {  # and their flags
+    "multiquantizer": (),
+    "infer --no-pack": ("--no-pack", "--compute_dtype", "float32"),
+    "infer --pack": ("--pack", "--compute_dtype", "float32", "--no_compare"),
+}
 # name -> settings of the denoiser that its text encoders ask for, and stages whose denoiser a machine of 24 GB can hold
 MEASURED = {
     "pixart_alpha": (("caption_channels",), tuple(STAGES)),

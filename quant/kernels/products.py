@@ -73,7 +73,7 @@ def _needs_gradient(*tensors):
 def _as_autocast(input, bias):
     """Both as PyTorch's own products take them while `torch.autocast` is on."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
         return input, bias
     dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), None if bias is None else bias.to(dtype)

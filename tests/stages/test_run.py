@@ -216,7 +216,7 @@ def test_a_file_is_not_called_damaged_for_lack_of_memory(monkeypatch, capsys):
     ("flags", "reason", "advice"),
     [
         (
-            (),
+            ("--no-pack",),
             torch.OutOfMemoryError(CUDA),
             "a smaller --batch_size, --offload model or sequential, --pack, --no_refiner, --vae_tiling, a smaller --res, "
             "--device cpu",
@@ -226,7 +226,7 @@ def test_a_file_is_not_called_damaged_for_lack_of_memory(monkeypatch, capsys):
             torch.OutOfMemoryError(CUDA),
             "--no_refiner, a smaller --res, --device cpu",
         ),
-        (("--no_refiner",), MemoryError(), "a smaller --batch_size, --pack, --vae_tiling, a smaller --res"),
+        (("--no_refiner", "--no-pack"), MemoryError(), "a smaller --batch_size, --pack, --vae_tiling, a smaller --res"),
     ],
 )
 def test_out_of_memory_names_the_scripts_own_flags(monkeypatch, capsys, flags, reason, advice):

@@ -16,6 +16,7 @@ from stages.units import as_time
 
 CPU = torch.device("cpu")
 FLAGS = {"workers": None, "ray_address": None, "keep_samples": False, "q_config": [], "budget_images": []}
+FLAGS |= {"compute_dtype": None}
 
 
 def args_of(**changes):
