@@ -72,9 +72,9 @@ def test_pixart_block():
         ("sdv15", 432 + 109 + 12 + 22 + 16 + 8),
         # norms, joins of skips, sums with the time embedding and of a split weight's halves, residual sums of attentions
         # and of resnets that keep their width; less a node for the input of each resnet that does not
-        ("sdxl", 1316 + 256 + 9 + 17 + 9 + 11 + 6 - 11),
+        pytest.param("sdxl", 1316 + 256 + 9 + 17 + 9 + 11 + 6 - 11, marks=pytest.mark.slow),
         # the last block; norms of queries, keys and joined skips, these joins, modulations
-        ("hunyuan", 844 + 23 + 80 + 80 + 19 + 19 + 41),
+        pytest.param("hunyuan", 844 + 23 + 80 + 80 + 19 + 19 + 41, marks=pytest.mark.slow),
     ],
 )
 def test_what_differs_from_the_published_graphs(name, nodes):

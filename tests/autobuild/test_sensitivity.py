@@ -86,7 +86,7 @@ def again(sampler, inputs, settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["dit", "hunyuan", "sdv15"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("hunyuan", marks=pytest.mark.slow), "sdv15"])
 def test_the_shift_is_that_of_a_whole_run_whatever_the_batch_size(name):
     """The independent route keeps what an undisturbed run asks, all images at once, and asks it again."""
     sampler, prompts, settings = load(name), prompts_of(name), settings_of(name)

@@ -52,7 +52,7 @@ def images_of(outdir):
     return np.stack([np.asarray(Image.open(path)) for path in sorted((run / "samples").iterdir())])
 
 
-SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("pixart_sigma", "hunyuan")}
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("pixart_sigma", "hunyuan", "sdxl")}
 
 
 @pytest.mark.parametrize("workplace", [SLOW.get(name, name) for name in FAMILIES], indirect=True)

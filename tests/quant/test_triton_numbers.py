@@ -14,25 +14,26 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 import triton_cases
 
-CASES, SLOW = triton_cases.CASES, triton_cases.SLOW
+CASES = triton_cases.CASES
 
 
 @functools.cache
-def interpreted(slow):
-    """{case: what went wrong in it} of all slow cases or all others: one process, since each starts for seconds."""
-    names = [name for name in CASES if (name in SLOW) == slow]
-    command = [sys.executable, triton_cases.__file__, "cpu", *names]
+def interpreted():
+    """{case: what went wrong in it} of all cases: one process, since each starts for seconds."""
+    command = [sys.executable, triton_cases.__file__, "cpu", *CASES]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_kernels(name):
-    failure = triton_cases.failure("cuda", name) if torch.cuda.is_available() else interpreted(name in SLOW)[name]
+    failure = triton_cases.failure("cuda", name) if torch.cuda.is_available() else interpreted()[name]
     assert not failure, failure
 
 
-def test_the_operator_has_a_kernel_for_gpus():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("qua2sedimo::decode", "CUDA")
+@pytest.mark.parametrize("operator", ["decode", "linear", "linear_a8"])
+def test_operators_have_kernels_for_gpus(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qua2sedimo::{operator}", "CUDA")

@@ -20,17 +20,16 @@ from quant.packing import pack_rows, unpack_rows
 
 UAQ, CHANNEL, WHOLE = "UAQ", "K-Means-C", "K-Means-A"
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-CASES, SLOW = {}, set()
+CASES = {}
 
 
-def case(*arguments, slow=False):
-    """Register what is decorated with each of the tuples of arguments; `slow` where it takes seconds."""
+def case(*arguments):
+    """Register what is decorated with each of the tuples of arguments."""
 
     def register(function):
         for each in arguments:
             name = " ".join(map(str, (function.__name__, *each)))
             CASES[name] = (function, each)
-            SLOW.update([name] if slow else [])
         return function
 
     return register
@@ -67,7 +66,7 @@ KINDS = (UAQ, CHANNEL, WHOLE)
 @case(*itertools.product(KINDS, (4, 3), (HALF, BFLOAT), (0,)), (UAQ, 2, HALF, 0), (WHOLE, 8, FLOAT, 0))
 @case((UAQ, 4, HALF, 32), (UAQ, 3, HALF, 40), (CHANNEL, 4, FLOAT, 24), (CHANNEL, 3, HALF, 64))
 @case((UAQ, 5, HALF, 0), (CHANNEL, 6, HALF, 0), (WHOLE, 7, FLOAT, 0))
-@case(*itertools.product(KINDS, (2, 8), (HALF, BFLOAT), (0,)), *itertools.product(KINDS, (4, 3), (FLOAT,), (0,)), slow=True)
+@case(*itertools.product(KINDS, (2, 8), (HALF, BFLOAT), (0,)), *itertools.product(KINDS, (4, 3), (FLOAT,), (0,)))
 def decodes_exactly(device, kind, bits, dtype, group):
     """To the last bit, at odd sizes and at whole tiles, also to another dtype.
 
@@ -110,7 +109,7 @@ def codes_beyond_a_short_table_are_its_last(device):
 
 
 @case(*itertools.product(KINDS, (4, 3), (HALF,)), (UAQ, 2, BFLOAT), (CHANNEL, 4, BFLOAT), (UAQ, 8, FLOAT))
-@case(*itertools.product(KINDS, (4, 3), (FLOAT,)), (CHANNEL, 8, HALF), slow=True)
+@case(*itertools.product(KINDS, (4, 3), (FLOAT,)), (CHANNEL, 8, HALF))
 def decodes_to_int8(device, kind, bits, dtype):
     for channels, count in ((3, 1), (5, 137), (2, 4100)):
         packed, table, zero = packed_weight(kind, bits, channels, count, dtype=dtype)
@@ -183,7 +182,7 @@ def fused_equals_the_decoded_layer(device, kind, bits, shape, group):
 
 @case(*itertools.product(KINDS, (4, 3), (ONE,), (8,)), (CHANNEL, 3, ONE, 6), (CHANNEL, 8, ONE, 8))
 @case((UAQ, 4, FEW, 8))
-@case((UAQ, 4, MANY, 8), (WHOLE, 3, ODD, 8), (UAQ, 8, FEW, 8), (CHANNEL, 3, FEW, 6), slow=True)
+@case((UAQ, 4, MANY, 8), (WHOLE, 3, ODD, 8), (UAQ, 8, FEW, 8), (CHANNEL, 3, FEW, 6))
 def whole_numbers_are_multiplied_exactly(device, kind, bits, shape, act_bits):
     """Float32 outputs are those of the quantized tokens and weights to some 1e-7 of the sum of the terms' sizes."""
     rows, depth, outputs = shape

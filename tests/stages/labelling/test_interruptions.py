@@ -77,6 +77,7 @@ def test_a_labelling_run(label, tmp_path):
     assert set(files_of(tmp_path / "runs" / "whole")) >= {"quant_cache.pkl", "quant_proxies.jsonl", "results.txt"}
 
 
+@pytest.mark.slow
 def test_successive_halving(label, tmp_path):
     run = label("--num_archs", 3, "--n_imgs", 6, "--budget_images", 2)
     # Three configurations' first task and line; of the one that goes on the other task, proxies and row.

@@ -122,8 +122,9 @@ def test_workers_of_others_are_not_picked(stranger):
     assert stranger.poll() is None and workers_alive(run) == [] and workers_alive(stranger) == []
 
 
-@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("most", [1, pytest.param(KILLS, marks=pytest.mark.slow)], ids=["once", "often"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("most", [1, KILLS], ids=["once", "often"])
 def test_killed_at_any_moment_nothing_is_lost(tmp_path, embedded_mq, undisturbed, stranger, most, workers):
     chance, kills, runs = random.Random(SEED), 0, 0
     while kills < most:

@@ -39,6 +39,7 @@ def test_labels_do_not_depend_on_the_number_of_workers(embedded_mq, tmp_path, ru
     assert log.count("part of your input was truncated because CLIP can only handle") == len(more_prompts) // 2
 
 
+@pytest.mark.slow
 def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):
     content = torch.load(mq, weights_only=True)
     next(iter(content["slots"].values()))["fingerprint"] = "0"
