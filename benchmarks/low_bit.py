@@ -2,6 +2,7 @@
 
     pip install -e '.[peers]'
     python -m benchmarks.low_bit [--geometries pixart_alpha sdxl] [--arms mse-4 sdnq] [--batches 2 8]
+    python -m benchmarks.low_bit --tune    # on a GPU: choose kernels by what is measured (quant/kernels/shapes.py)
 
 Random weights of the real denoisers' geometry (see benchmarks/low_bit_arms.py for the arms). Each arm is written to a folder
 by one process and loaded from there by another: bytes on the disk (in bits, of half precision's 16), seconds to load, bytes
@@ -26,9 +27,11 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
 from benchmarks.low_bit_arms import ARMS, load, write, write_float
+from benchmarks.low_bit_tune import tune
 from benchmarks.machine import peak_memory, reset_peak_memory, write_result
 from models import geometry
 from models.families import FAMILIES
+from quant.kernels import shapes
 
 ROOT = Path(__file__).parent.parent
 ON_GPU = {"pixart_alpha": 512, "pixart_sigma": 1024, "hunyuan": 1024, "sdxl": 1024, "sdv15": 512}  # pixels
@@ -256,10 +259,19 @@ def main():
     parser.add_argument("--machine", default="cuda" if has_gpu else "cpu", help="name in the result's file name")
     parser.add_argument("--layers", type=int, help="blocks of a transformer instead of all, for a quick look")
     parser.add_argument("--folder", help="keep the written models here, and use those that it has")
+    parser.add_argument("--tune", action="store_true", help="measure which kernels packed layers are to take on this GPU")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         be_child(args.child[0], json.loads(args.child[1]))
+        return
+    if args.tune:
+        device = torch.device(args.device)
+        if device.type != "cuda":
+            sys.exit("--tune: is for a GPU; a CPU has one way")
+        ways = tune(args.geometries, args.batches, ON_GPU, device, lambda call: timed(call, device, args.repeats))
+        shapes.save(ways)
+        print(shapes.path())
         return
     if args.device == "cpu":
         print("No GPU: the part of a CPU. Not measured: CUDA graphs, memory of a GPU, torchao int4.")

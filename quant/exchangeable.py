@@ -50,6 +50,7 @@ class WeightPart:
 
 
 def on_device(device, parameters):
+    """A quantizer's parameters {name: tensor}, moved to a device."""
     return {name: value.to(device) for name, value in parameters.items()}
 
 
@@ -85,6 +86,7 @@ class ExchangeableLayer:
 
     @property
     def is_float(self):
+        """Whether no part of the weight is under a method."""
         return all(part.method is None for part in self.parts)
 
     def keep_original(self):
@@ -114,6 +116,7 @@ class ExchangeableLayer:
         return packed
 
     def forward(self, input):
+        """The float layer's output; with `act_bits`, for an input that is quantized to them first."""
         if self.act_bits is not None:
             input = self.quantize_input(input, self.act_bits)
         return self.compute(input)
@@ -133,10 +136,13 @@ def _holds(weight, precision):
 
 
 class ExchangeableLinear(ExchangeableLayer, nn.Linear):
+    """A linear layer; activations are quantized per token (Mills et al., 2025)."""
+
     geometry = ("in_features", "out_features")
     quantize_input = staticmethod(quantize_tokens)
 
     def compute(self, input):
+        """input [..., n] times the weight [C, n], plus the bias: [..., C]."""
         return F.linear(input, self.weight, self.bias)
 
 
@@ -149,15 +155,15 @@ class _ExchangeableConvolution(ExchangeableLayer):
 
 
 class ExchangeableConv1d(_ExchangeableConvolution, nn.Conv1d):
-    pass
+    """A convolution over [N, C, L]; activations are quantized per sample and channel."""
 
 
 class ExchangeableConv2d(_ExchangeableConvolution, nn.Conv2d):
-    pass
+    """A convolution over [N, C, H, W]; activations are quantized per sample and channel."""
 
 
 class ExchangeableConv3d(_ExchangeableConvolution, nn.Conv3d):
-    pass
+    """A convolution over [N, C, T, H, W]; activations are quantized per sample and channel."""
 
 
 EXCHANGEABLE = {

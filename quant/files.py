@@ -150,11 +150,13 @@ def _check_is_file(path):
 
 
 def save_pickle(data, path):
+    """Write plain data as a pickle, whole or not at all; see `atomic_write` for errors."""
     with atomic_write(path) as file:
         pickle.dump(data, file, protocol=4)
 
 
 def save_text(text, path):
+    """Write text in UTF-8, whole or not at all; see `atomic_write` for errors."""
     with atomic_write(path) as file:
         file.write(text.encode())
 

@@ -42,6 +42,7 @@ class Joined(nn.Module):
         self.owner, self.names = Owner(attention), names
 
     def forward(self, input):
+        """The outputs of the layers for one input [..., n], side by side: [..., sum of their features]."""
         attention = self.owner.get()
         return torch.cat([getattr(attention, name)(input) for name in self.names], dim=-1)
 

@@ -49,6 +49,7 @@ class PackedPart:
 
     @property
     def quantizer(self):
+        """The quantizer that the part's method names."""
         return quantizer(self.method)
 
     @property
@@ -137,6 +138,7 @@ class PackedLayer:
 
     @property
     def weight_shape(self):
+        """Shape [C, ...] of the decoded weight, all parts together."""
         width = sum(part.shape[1] for part in self.parts)
         return torch.Size((self.parts[0].shape[0], width, *self.parts[0].shape[2:]))
 
@@ -151,6 +153,7 @@ class PackedLayer:
         super().__delattr__(name)
 
     def register_parameter(self, name, param):
+        """As PyTorch's; RuntimeError for a weight, which is decoded and cannot be replaced."""
         if name == "weight":
             raise read_only()
         super().register_parameter(name, param)
@@ -226,10 +229,13 @@ class _PackedConvolution(PackedLayer):
 
 
 class QuantLinear(PackedLayer, nn.Linear):
+    """A linear layer whose weight [C, n] is held as codes; activations are quantized per token."""
+
     float_class, geometry = nn.Linear, ("in_features", "out_features")
     quantize_input = staticmethod(quantize_tokens)
 
     def compute(self, input):
+        """input [..., n] times the decoded weight [C, n], plus the bias: [..., C], in the input's dtype."""
         in_integers = self.act_bits is not None and not self.simulated
         if len(self._decoders) > 1:
             input = quantize_tokens(input, self.act_bits) if in_integers else input
@@ -242,14 +248,20 @@ class QuantLinear(PackedLayer, nn.Linear):
 
 
 class QuantConv1d(_PackedConvolution, nn.Conv1d):
+    """A convolution over [N, C, L] whose weight is held as codes."""
+
     float_class = nn.Conv1d
 
 
 class QuantConv2d(_PackedConvolution, nn.Conv2d):
+    """A convolution over [N, C, H, W] whose weight is held as codes."""
+
     float_class = nn.Conv2d
 
 
 class QuantConv3d(_PackedConvolution, nn.Conv3d):
+    """A convolution over [N, C, T, H, W] whose weight is held as codes."""
+
     float_class = nn.Conv3d
 
 

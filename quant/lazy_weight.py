@@ -79,6 +79,7 @@ class ViewOfLazyWeight(LazyWeight):
         self.view_values = view
 
     def values(self):
+        """The view as a plain tensor."""
         return self.view_values
 
 
@@ -98,6 +99,7 @@ def _is_written(argument):
 
 
 def read_only():
+    """The RuntimeError for whoever writes to the weight of a packed layer."""
     return RuntimeError(
         "the weight of a packed layer cannot be written to or replaced (fusing a LoRA, training): dequantize the model "
         "first, or leave the LoRA unfused"

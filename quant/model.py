@@ -83,10 +83,12 @@ class QuantizedModel:
 
     @property
     def precision_bits(self):
+        """P: bits of a float weight, which sizes are counted in."""
         return torch.finfo(self.dtype).bits
 
     @property
     def is_packed(self):
+        """Whether the module holds packed layers."""
         return next(packed_layers(self.module), None) is not None
 
     def weight(self, key):

@@ -83,6 +83,7 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
         return self.notes | told | {"quant_method": self.quant_method.value}
 
     def to_diff_dict(self):
+        """The same as `to_dict`; diffusers asks for it where it logs or writes configurations."""
         return self.to_dict()
 
     def leaves_out(self, path):
@@ -102,12 +103,15 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self):
+        """Whether files may be read side by side: fitting takes them one after another."""
         return self.pre_quantized
 
     def get_cuda_warm_up_factor(self):
+        """How many times less memory than half precision diffusers is to reserve beforehand."""
         return 2 if self.pre_quantized else 8
 
     def validate_environment(self, device_map=None, **kwargs):
+        """InputError for a device map that leaves packed layers on the disk."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise InputError(
                 "device_map: says disk, where packed layers cannot wait; say cpu: there they are mapped from their file"
@@ -115,6 +119,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         self.device_map = device_map
 
     def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
+        """Note the names of the files' tensors, which diffusers tells here alone."""
         self.loaded_keys = set(loaded_keys)
         return loaded_keys
 
@@ -155,6 +160,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
             self.sharing.setdefault(shared, []).append(model.get_submodule(path))
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs):
+        """Whether a tensor of the files comes to `create_quantized_param`: a packed layer's, or one to be packed."""
         path, _, name = param_name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, PackedLayer):
@@ -166,10 +172,12 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         return is_weight_layer(module) and not kept and not self.quantization_config.leaves_out(path)
 
     def check_quantized_param_shape(self, param_name, current_param, loaded_param):
+        """InputError: diffusers asks only where a tensor of the files has not the shape of the layer's."""
         expected, found = list(current_param.shape), list(loaded_param.shape)
         raise InputError(f"{param_name}: has shape {found}, not {expected}; the file is damaged or of another model")
 
     def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, *args, **kwargs):
+        """Put a tensor of the files into its packed layer, or fit and pack the layer of a float weight."""
         path, _, name = param_name.rpartition(".")
         value, module = state_dict[param_name], model.get_submodule(path)  # as the file has it: `param_value` is cast
         if not isinstance(module, PackedLayer):

@@ -14,6 +14,7 @@ from quant.slots import find_slots, free_keys, in_part
 
 
 def is_published(content):
+    """Whether a checkpoint's content is a multiquantizer in the published format."""
     return isinstance(content, dict) and any(isinstance(k, str) and ".quant_params." in k for k in content)
 
 

@@ -150,6 +150,7 @@ class Uniform(Quantizer):
 
     @staticmethod
     def stored(tables, dtype):
+        """The fitted tables as files hold them: scales in `dtype`, zero points as integers."""
         return uaq.stored(**tables, dtype=dtype)
 
     def _encode(self, block, scale, zero_point):
@@ -185,12 +186,15 @@ class ChannelKMeans(Quantizer):
 
     @staticmethod
     def stored(tables, dtype):
+        """The fitted table as files hold it: centroids in `dtype`."""
         return {"centroids": tables["centroids"].to(dtype)}
 
     def levels(self, shape):
+        """Centroids of a codebook: 2^b, or as many as weights share it if these are fewer."""
         return min(2**self.bits, self._sharing(shape))
 
     def table_shape(self, shape):
+        """Shape of the centroids of a weight [C, ...]."""
         return (*self.lead(shape), self.levels(shape))
 
     def _sharing(self, shape):
@@ -228,9 +232,11 @@ class WholeKMeans(ChannelKMeans):
         return {b: {"centroids": found} for b, found in kmeans.fit_whole(block.weight, bits, block.rows).items()}
 
     def lead(self, shape):
+        """Shape of the codebooks: one for the whole weight."""
         return ()
 
     def rows_of(self, weight):
+        """The weight as one row [1, n]."""
         return weight.reshape(1, -1)
 
     def _sharing(self, shape):
@@ -274,6 +280,7 @@ class Block(NamedTuple):
 
     @classmethod
     def of(cls, weight):
+        """The block of a weight [C, ...], its channels sorted where that is how it is fitted."""
         fast = weight.device.type == "cpu" and weight.dtype in sorted_errors.DROPPED_BITS
         return cls(weight, sorted_rows(weight) if fast else None)
 

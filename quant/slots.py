@@ -67,6 +67,7 @@ class WeightSlot:
 
     @property
     def module_path(self):
+        """Path of the layer in the module."""
         return self.key.path
 
     def part_of(self, weight):

@@ -46,6 +46,7 @@ def _capability(device):
 
 
 def reckoned(operator, capability, rows, depth, outputs):
+    """What `choose` gives for shapes that were not measured, by the tables above."""
     if operator == "linear":
         return "fused" if rows <= FUSED_ROWS else "scratch"
     least = INT8_PRODUCTS[max((known for known in INT8_PRODUCTS if known <= tuple(capability)), default=(8, 0))]
