@@ -40,7 +40,8 @@ def test_arms_are_what_they_say(folders):
     words = {part.method for layer in packed.values() for part in layer.parts}
     assert words == {f"{algorithm}-{bits}" for algorithm in ("mse", "kmeans", "kmeans_all") for bits in (3, 4)}
     assert {(layer.act_bits, layer.simulated) for layer in packed.values()} == {(8, False)}
-    assert all(tensor.dtype == torch.float16 for tensor in load_file(f"{source}/diffusion_pytorch_model.safetensors").values())
+    written = load_file(folders / "float" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
 
 
 def test_shapes_to_tune_are_those_of_a_step():
