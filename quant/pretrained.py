@@ -48,6 +48,8 @@ VERSION = 1
 
 
 class QuantMethod(enum.StrEnum):  # diffusers asks for `.value`, JSON for a string
+    """The name of this program's method in a model's `quantization_config`."""
+
     QUA2SEDIMO = "qua2sedimo"
 
 
