@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks.machine import write_result
+from benchmarks.machine import finish, write_result
 from models import geometry
 from models.families import FAMILIES
 from quant.activations import set_activation_bits
@@ -28,11 +28,6 @@ def timed_step(denoiser, inputs, repeats):
         denoiser(**inputs, return_dict=False)
     finish(out.device)
     return out, (time.perf_counter() - start) / repeats
-
-
-def finish(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import peak_memory, reset_peak_memory, write_result
+from benchmarks.machine import finish, peak_memory, reset_peak_memory, write_result
 from benchmarks.weights import random_denoiser
 from models.components import quiet_loading
 from models.families import FAMILIES
@@ -67,8 +67,7 @@ def measure(name, device):
 def timed(device, procedure):
     start = time.perf_counter()
     procedure()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    finish(device)
     return time.perf_counter() - start
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from benchmarks.machine import write_result
+from benchmarks.machine import status_bytes, write_result
 from models import geometry
 from models.families import FAMILIES
 from quant.layers import weight_bytes
@@ -29,12 +29,6 @@ FAMILY = "pixart_alpha"
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MIB = 2**20
-
-
-def status_bytes(name):
-    """A line of this process' status: RssAnon is what it holds of its own, VmHWM all that it has held at most."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def pack(denoiser):

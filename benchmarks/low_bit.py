@@ -28,23 +28,18 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
 from benchmarks.low_bit_arms import ARMS, load, write, write_float
 from benchmarks.low_bit_tune import tune
-from benchmarks.machine import peak_memory, reset_peak_memory, write_result
+from benchmarks.machine import finish, peak_memory, reset_peak_memory, status_bytes, write_result
+from benchmarks.real_parts import VAE
+from errors import first_line
 from models import geometry
 from models.families import FAMILIES
+from models.inputs import map_tensors
 from quant.kernels import shapes
 
 ROOT = Path(__file__).parent.parent
 ON_GPU = {"pixart_alpha": 512, "pixart_sigma": 1024, "hunyuan": 1024, "sdxl": 1024, "sdv15": 512}  # pixels
 ON_CPU = {"pixart_alpha": 512}
 PEERS = ("sdnq", "bitsandbytes", "torchao", "gguf")
-# The autoencoder of all six: its configuration on the Hub.
-AUTOENCODER = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 
 
 @torch.no_grad()
@@ -102,7 +97,7 @@ def on_gpu(name, denoiser, batch, before, repeats):
     del graph
     torch.cuda.empty_cache()
     with torch.device("cuda"):
-        autoencoder = AutoencoderKL(**AUTOENCODER).half()
+        autoencoder = AutoencoderKL(**VAE).half()
         reset_peak_memory(torch.device("cuda"))
         latents = denoiser(**inputs, return_dict=False)[0][:1, :4]
         autoencoder.decode(latents.half())
@@ -113,15 +108,7 @@ def example(name, denoiser, batch, device):
     torch.manual_seed(0)
     pixels = min((ON_GPU | ON_CPU)[name] // 8, denoiser.config.sample_size)
     inputs = geometry.example_inputs(name, denoiser, batch=batch, pixels=pixels)
-    return moved(inputs, device)
-
-
-def moved(inputs, device):
-    if isinstance(inputs, dict):
-        return {key: moved(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(moved(each, device) for each in inputs)
-    return inputs.to(device) if torch.is_tensor(inputs) else inputs
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 def timed(procedure, device, repeats):
@@ -136,17 +123,11 @@ def timed(procedure, device, repeats):
     return round(1000 * statistics.median(seconds[1:]), 3)
 
 
-def finish(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def used_memory(device):
     """Bytes that the GPU's tensors take; or this process, pages of mapped files that it has read included."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+    return status_bytes("VmRSS")
 
 
 def run_arm(name, key, folders, args, dtype):
@@ -182,10 +163,6 @@ def be_child(task, settings):
         dtype = getattr(torch, settings["dtype"])
         figures = measure(settings["name"], arm, folders, dtype, device, settings["batches"], settings["repeats"])
     print(json.dumps(figures))
-
-
-def first_line(reason):
-    return str(reason).strip().splitlines()[0][:200]
 
 
 def size_of(folder):

@@ -36,8 +36,21 @@ def peak_memory(device):
     """Bytes at the peak since the last reset: of the GPU's tensors, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return status_bytes("VmHWM")
+
+
+def status_bytes(name):
+    """A line of this process' status: RssAnon is what it holds of its own, VmRSS with pages of mapped files that it has
+    read, VmHWM all that it has held at most.
+    """
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def finish(device):
+    """Wait until a GPU has done all that it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _cpu_name():
