@@ -21,8 +21,8 @@ from quant.kernels.decode import check_shapes, look_up
 from quant.rows import run
 
 MAX_CODEBOOK_BITS = 6
-ROWS = 256  # multiplied at a time, for each thread
-MIN_COLUMNS, CACHED_BYTES = 256, 3 * 2**18
+ROWS = 1024  # multiplied at a time, for each thread: with fewer, calls cost more than what the cache saves
+MIN_COLUMNS, CACHED_BYTES = 256, 2**21
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = np.float32
 
