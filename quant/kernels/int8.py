@@ -106,12 +106,24 @@ def _integer_levels(table, zero, bits, channels):
 
 def round_codebooks(centroids):
     """Codebooks [R, k] as int8 [R, k], scale and shift [R]: centroid = scale (int8 + shift), both ends exact."""
-    low, high = centroids.aminmax(dim=1, keepdim=True)
-    scale = (high - low) / 254
-    # A codebook of one number is one whole step away from zero.
-    scale = torch.where(scale > 0, scale, low.abs()).clamp_(min=torch.finfo(torch.float32).tiny)
-    middle = (high + low) / 2
-    return ((centroids - middle) / scale).round_().to(torch.int8), scale.squeeze(1), (middle / scale).squeeze(1)
+    levels = torch.empty(centroids.shape, dtype=torch.int8)
+    scale, shift = torch.empty(2, len(centroids))
+    run(_round_codebooks, centroids.contiguous().numpy(), levels.numpy(), scale.numpy(), shift.numpy())
+    return levels, scale, shift
+
+
+@kernel(parallel=True, nogil=True, error_model="numpy")
+def _round_codebooks(centroids, levels, scales, shifts):
+    for r in prange(len(centroids)):
+        low, high = centroids[r].min(), centroids[r].max()
+        scale = (high - low) / F32(254)
+        if not scale > 0:  # a codebook of one number is one whole step away from zero
+            scale = abs(low)
+        scale = max(scale, F32(2.0**-126))
+        middle = (high + low) / F32(2)
+        for i in range(centroids.shape[1]):
+            levels[r, i] = np.int8(np.int32(np.rint((centroids[r, i] - middle) / scale)))
+        scales[r], shifts[r] = scale, middle / scale
 
 
 @functools.cache
