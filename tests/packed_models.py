@@ -8,6 +8,7 @@ from conftest import TINY, tiny, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from zoo import ZOO, denoisers
 
+from quant.digests import metadata_of
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
 
@@ -73,7 +74,7 @@ def packed(name):
 
 
 def change_tensors(path, change):
-    """Let `change` alter the tensors {name: tensor} in a safetensors file."""
+    """Let `change` alter the tensors {name: tensor} in a safetensors file, whose digests are then those of what is there."""
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata_of(tensors))
