@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from errors import InputError, first_line
-from quant.digests import check_file, metadata_of
+from quant.digests import NAME, check_files, with_digests
 from quant.files import atomic_write, save_text
 from quant.layers import packed_layers
 from quant.packed_state import check_tables, empty_layers, put_layers, put_tensor, weights_of
@@ -36,7 +36,7 @@ def save_packed(module, folder):
     dtypes = {path: str(layer.compute_dtype).removeprefix("torch.") for path, layer in layers.items()}
     told = Qua2SeDiMoConfig(weights=weights_of(module), same=same, dtypes=dtypes).to_dict()
     with atomic_write(Path(folder) / TENSORS) as file:
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"} | metadata_of(tensors)))
+        file.write(safetensors.torch.save(with_digests(tensors), metadata={"format": "pt"}))
     save_text(json.dumps(told, indent=2, sort_keys=True) + "\n", Path(folder) / CONFIGURATION)
 
 
@@ -121,11 +121,14 @@ def _read_configuration(path):
 def _read_tensors(path, has_digests):
     """The tensors {name: tensor} of a safetensors file, mapped; compared with their digests where there are any."""
     if has_digests:
-        check_file(path)
+        check_files([path])
     try:
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except Exception as reason:  # of types of its own
         raise InputError(f"{path}: cannot be read ({first_line(reason)})") from None
+    if has_digests:
+        del tensors[NAME]
+    return tensors
 
 
 def _paths(module, layers):

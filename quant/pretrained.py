@@ -7,7 +7,7 @@ this in its `config.json`:
     quantization_config: {quant_method: "qua2sedimo", version,
         weights, ties: see quant/packed_state.py, which checks them and the tensors,
         precision_bits, avg_bits,
-        digest: of all these; those of the tensors are in their files, see quant/digests.py}
+        digest: of all these; those of the tensors are in their files (quant/digests.py)}
 
 Loading replaces the layers while the model is on the meta device, so float weights never stand. On the CPU codes stay
 mapped from the file. With `from_pretrained(..., quantization_config=Qua2SeDiMoConfig("kmeans-4"))` a float model is
@@ -29,7 +29,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from errors import InputError
-from quant.digests import check_file, digest_of, metadata_of
+from quant.digests import NAME, check_files, digest_of, with_digests
 from quant.guard import refuse_unasked
 from quant.joined import is_fused, join_instead_of_fusing
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
@@ -146,19 +146,14 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
         """Note the names of the files' tensors, which diffusers tells here alone; check the files, before any is loaded."""
+        told = self.quantization_config
+        if self.pre_quantized and told.weights and told.has_digests:
+            check_files(checkpoint_files)
+            loaded_keys = [name for name in loaded_keys if name != NAME]
+        elif self.pre_quantized and told.weights:
+            log.warning("%s: was saved without digests, so damage may go unseen; save the model again", checkpoint_files[0])
         self.loaded_keys = set(loaded_keys)
-        if self.pre_quantized and self.quantization_config.weights:
-            self._check(checkpoint_files)
         return loaded_keys
-
-    def _check(self, files):
-        if not self.quantization_config.has_digests:
-            log.warning("%s: was saved without digests, so damage to it may go unseen; save the model again", files[0])
-            return
-        for file in files:
-            if not str(file).endswith(".safetensors"):
-                raise InputError(f"{file}: is not of safetensors, which packed models are saved in; get the folder again")
-            check_file(file)
 
     def maybe_update_state_dict(self, state_dict):
         """`from_single_file` does not say whether a file is quantized: this is where it shows."""
@@ -245,10 +240,8 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         """The tensors but tied ones, which the file has once, and what `fuse_qkv_projections` has added; their digests.
 
-        InputError for layers that are offloaded or are packed no more, and for files that are not of safetensors.
+        InputError for tensors that are offloaded and for layers that are packed no more.
         """
-        if not safe_serialization:
-            raise InputError("safe_serialization: packed models are saved as safetensors alone, which hold digests")
         told = self.quantization_config
         ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
         for path in [path for path in told.weights if path not in ties]:
@@ -263,7 +256,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         offloaded = next((name for name, value in kept.items() if value.is_meta), None)
         if offloaded:
             raise InputError(f"{offloaded}: is offloaded; take the offloading off before saving")
-        return kept, metadata_of(kept)
+        return with_digests(kept), {}
 
     def _dequantize(self, model):
         dequantize(model)

@@ -10,9 +10,10 @@ import torch
 from conftest import tiny_model
 from diffusers import AutoModel
 from packed_models import packed, predict
+from safetensors.torch import load_file, save_file
 
 from errors import InputError
-from quant import load_packed, multiquantizer, pretrained, save_packed
+from quant import digests, load_packed, multiquantizer, pretrained, save_packed
 from quant.model import QuantizedModel
 
 FEW, MANY = 60, 2000
@@ -137,11 +138,11 @@ def test_a_packed_module(count, tmp_path):
 
 def test_a_folder_that_was_saved_before_there_were_digests(tmp_path, caplog):
     """It loads, since what it was made from may be gone; that it cannot be checked is said, and saved again it can."""
-    from safetensors.torch import load_file, save_file
-
     denoiser, arguments, output = packed("pixart")
     denoiser.save_pretrained(tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors[digests.NAME]
+    save_file(tensors, tmp_path / WEIGHTS)
     settings = json.loads((tmp_path / CONFIG).read_text())
     settings["quantization_config"].pop("digest")
     settings["quantization_config"]["version"] = 1
@@ -151,8 +152,3 @@ def test_a_folder_that_was_saved_before_there_were_digests(tmp_path, caplog):
     loaded.save_pretrained(tmp_path / "again")
     told = json.loads((tmp_path / "again" / CONFIG).read_text())["quantization_config"]
     assert told["version"] == pretrained.VERSION and told["digest"]
-
-
-def test_packed_models_are_not_pickled(tmp_path):
-    with pytest.raises(InputError, match="saved as safetensors alone"):
-        packed("pixart")[0].save_pretrained(tmp_path, safe_serialization=False)

@@ -140,4 +140,6 @@ def test_constant_channels_of_any_size_are_exact():
 
 def test_a_weight_whose_error_is_no_number_is_refused():
     with pytest.raises(ValueError, match=r"as large as 1e\+200"):
-        registry.fit_with_errors(torch.tensor([[1e200, 1.0, -3e199, 2.0, 5e198, 7e198, 1e199, 0, 2e199, 9e199]], dtype=torch.float64))
+        registry.fit_with_errors(
+            torch.tensor([[1e200, 1.0, -3e199, 2.0, 5e198, 7e198, 1e199, 0, 2e199, 9e199]], dtype=torch.float64)
+        )

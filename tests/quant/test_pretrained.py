@@ -290,6 +290,8 @@ def test_a_single_file_is_quantized_on_loading(tmp_path):
 WAYS = {
     "variant": ({"variant": "fp16"}, {"variant": "fp16"}),
     "variant in shards": ({"variant": "fp16", "max_shard_size": 4000}, {"variant": "fp16"}),
+    "pickled": ({"safe_serialization": False}, {"use_safetensors": False}),
+    "pickled, found": ({"safe_serialization": False}, {}),
     "device map": ({}, {"device_map": "cpu"}),
     "device map found": ({}, {"device_map": "auto"}),
     "not mapped": ({}, {"disable_mmap": True}),
