@@ -33,13 +33,14 @@ def is_entry(entry):
     try:
         shape, errors, parameters = torch.Size(entry["shape"]), entry["errors"], entry["parameters"]
         return (
-            isinstance(entry["fingerprint"], str)
+            entry.keys() == {"shape", "fingerprint", "errors", "parameters"}
+            and isinstance(entry["fingerprint"], str)
             and len(parameters) > 0
             and errors.keys() == parameters.keys()
-            and all(math.isfinite(error) for error in errors.values())
+            and all(isinstance(error, float) and math.isfinite(error) for error in errors.values())
             and all(quantizer(word).check(own, shape) for word, own in parameters.items())
         )
-    except (InputError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError):
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError):
         return False
 
 

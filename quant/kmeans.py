@@ -12,7 +12,10 @@ from numba import prange
 
 from quant import kmeans_cpu
 from quant.compiled import kernel
+from quant.doors import expect
 from quant.rows import check, run, sorted_rows
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fit_per_channel(weight, bits=(4, 3), rows=None):
@@ -52,7 +55,9 @@ def assign(weight, centroids):
 def boundaries_of(centroids):
     """Midpoints [(C,) k-1] of neighbouring centroids [(C,) k], in float32 (float64 for float64 centroids)."""
     centroids = centroids.to(torch.promote_types(centroids.dtype, torch.float32))
-    return ((centroids[..., 1:] + centroids[..., :-1]) / 2).contiguous()
+    left, right = centroids[..., :-1], centroids[..., 1:]
+    middle = (right + left) / 2
+    return torch.where(middle.isfinite(), middle, right / 2 + left / 2).contiguous()  # of the largest numbers
 
 
 def assign_by_boundaries(weight, boundaries):
@@ -69,6 +74,9 @@ def apply(weight, centroids, boundaries=None):
     `boundaries` [(C,) k-1] send other weights to a centroid than those nearest to it.
     """
     boundaries = boundaries_of(centroids) if boundaries is None else boundaries
+    own = (len(weight),) if centroids.ndim > 1 else ()
+    expect("centroids", centroids, (*own, None), *FLOATS)
+    expect("boundaries", boundaries, (*own, centroids.shape[-1] - 1), *FLOATS)
     if weight.device.type != "cpu" or centroids.dtype == torch.float64 or weight.dtype == torch.float64:
         return dequantize(assign_by_boundaries(weight, boundaries), centroids)
     rows = weight.reshape(len(weight), -1).float()

@@ -16,30 +16,37 @@ Song, 2011; Gronlund et al., 2017) takes O(k m log m). This is O(m) in practice,
    j. They lie close to those of boundary j-1, so each j costs a handful of steps. Of many values, the same
    rule first leaves few that can be boundaries at all (`_possible_boundaries`).
 
-Sums are in double precision: exact wherever outliers are less than about a million times as far out as
-their channel's clusters are wide. Where clusters are narrower than that tells apart, as many centroids for
-few values make them, the path of as many steps as it does tell apart is split further, the most rewarding
-cluster first (`_split_further`).
+Sums are in double precision, of values over a power of two of their size. Where the error that is found is
+less than LEAST_SHARE of the squares, they do not tell the best clusters from others: far outliers, or many
+centroids for few values. The slower table of quant/kmeans_table.py, which is exact for these too, is then filled,
+and where no path of k steps is found.
 """
+
+import math
 
 import numpy as np
 import torch
 from numba import prange, uint64
 
 from quant.compiled import kernel
+from quant.doors import expect
+from quant.kmeans_table import best_clusters, mean_from_first
 from quant.rows import check, run
 
 ROWS_PER_TASK = 16  # each task's rows share what they learn about the penalty
 PENALTY = 0.165  # of the high-resolution estimate; 1/6 for fine quantizers
 MANY_VALUES = 2**12  # above which boundaries that cannot be are ruled out first,
 FEW_CLUSTERS = 32  # if that rules out any: of many clusters, nearly all boundaries are possible
-MOST_ATTEMPTS = 12  # at a penalty for too few steps: beyond, costs are told apart no more
+MOST_ATTEMPTS = 12  # at a first penalty: beyond, costs are told apart no more
+LEAST_SHARE = 2.0**-20  # of the sum of squares: an error that costs of about that size still tell to nine digits
 ONE = uint64(1)  # unsigned indices spare each array access the test for a negative one
 BACK = uint64(6)  # where the search for a boundary's successors starts, before the end of the last ones
 
 
 def fit_sorted(rows, sizes):
     """Optimal centroids of ascending rows (numpy [C, n]) for each of `sizes`: [[C, k], ...], float64."""
+    expect("rows", rows, (None, None), np.float32, np.float64)
+    _check_sizes(rows.shape[1], sizes)
     out = np.empty((len(rows), sum(sizes)))
     run(_fit_rows, rows, np.array(sizes), out)
     return [torch.from_numpy(table) for table in np.split(out, np.cumsum(sizes)[:-1], axis=1)]
@@ -47,14 +54,25 @@ def fit_sorted(rows, sizes):
 
 def fit_values(values, counts, sizes):
     """Optimal centroids of ascending values (numpy [n]) with `counts` [n] (None: one each), for each size: [[k], ...]."""
+    expect("values", values, (None,), np.float32, np.float64)
+    if counts is not None:
+        expect("counts", counts, values.shape, np.int64, np.float64)
+    _check_sizes(len(values), sizes)
     out = np.empty(sum(sizes))
     run(_fit_histogram, values, counts, np.array(sizes), out)
     return list(torch.from_numpy(out).split(sizes))
 
 
+def _check_sizes(count, sizes):
+    if count < 1 or min(sizes, default=1) < 1:
+        raise ValueError(f"{count} values have no {sizes} centroids")
+
+
 def histogram(weight):
     """Distinct values of a half-precision weight, ascending, and their counts."""
     check(weight)
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the weight is {weight.dtype}, not in half precision")
     bits = weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1)
     counts = np.zeros((2 * torch.get_num_threads(), 2**16), np.int64)
     run(_count, bits, counts)
@@ -83,14 +101,13 @@ def _fit_rows(rows, sizes, out):
         x, mass, moment = np.empty(n), np.empty(n + 1), np.empty(n + 1)
         cost, start = np.empty(n + 1), np.empty(n + 1, np.uint32)
         for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, count)):
-            m, center = _prefix_sums(rows[row], None, x, mass, moment)
-            offset = 0
+            told = _prefix_sums(rows[row], None, x, mass, moment)
+            m, offset = told[0], 0
+            sums = x[:m], mass[: m + 1], moment[: m + 1]
             for s in range(len(sizes)):
-                k = sizes[s]
-                factors[s] *= _fit_values(
-                    x[:m], mass[: m + 1], moment[: m + 1], center, k, factors[s], cost, start, out[row, offset : offset + k]
-                )
-                offset += k
+                own = out[row, offset : offset + sizes[s]]
+                factors[s] *= _fit_values(rows[row], sums, told, factors[s], cost, start, own)
+                offset += sizes[s]
 
 
 @kernel(parallel=True, nogil=True, error_model="numpy")
@@ -98,59 +115,93 @@ def _fit_histogram(values, counts, sizes, out):
     """Centroids of ascending `values` [n] with `counts` [n] (None: one each), for each size in turn: out [sum(sizes)]."""
     n = len(values)
     x, mass, moment = np.empty(n), np.empty(n + 1), np.empty(n + 1)
-    m, center = _prefix_sums(values, counts, x, mass, moment)
-    ends = np.cumsum(sizes)
+    told = _prefix_sums(values, counts, x, mass, moment)
+    m, ends = told[0], np.cumsum(sizes)
+    sums = x[:m], mass[: m + 1], moment[: m + 1]
     for s in prange(len(sizes)):
         cost, start = np.empty(m + 1), np.empty(m + 1, np.uint32)
-        k = sizes[s]
-        _fit_values(x[:m], mass[: m + 1], moment[: m + 1], center, k, PENALTY, cost, start, out[ends[s] - k : ends[s]])
+        _fit_values(values, sums, told, PENALTY, cost, start, out[ends[s] - sizes[s] : ends[s]])
 
 
 @kernel(error_model="numpy")
 def _prefix_sums(values, counts, x, mass, moment):
-    """Number of distinct values and their mean; x, about that mean, and prefix sums of counts and of count times x."""
+    """Number of distinct values, a unit of about their size, their mean in it, and the sum of squares about that.
+
+    Fills x, the distinct values in the unit about the mean, and prefix sums of counts and of count times x.
+    """
+    unit = _unit(max(abs(values[0]), abs(values[-1])))
+    inverse = 1 / unit
     total, weight = 0.0, 0.0
     for i in range(len(values)):
         w = 1.0 if counts is None else float(counts[i])
-        total += w * values[i]
+        total += w * (values[i] * inverse)
         weight += w
     center = total / weight
-    m = 0
+    m, squares = 0, 0.0
     mass[0], moment[0] = 0.0, 0.0
     for i in range(len(values)):
         w = 1.0 if counts is None else float(counts[i])
         if i == 0 or values[i] != values[i - 1]:
-            x[m] = values[i] - center
+            x[m] = values[i] * inverse - center
             m += 1
             mass[m], moment[m] = mass[m - 1], moment[m - 1]
         mass[m] += w
         moment[m] += w * x[m - 1]
-    return m, center
+        squares += w * x[m - 1] * x[m - 1]
+    return m, unit, center, squares
+
+
+@kernel()
+def _unit(size):
+    """A power of two: values in it neither overflow nor underflow when squared, and lose nothing."""
+    _, exponent = math.frexp(size)
+    return 2.0 ** min(max(exponent, -1000), 1000)
 
 
 @kernel(error_model="numpy")
-def _fit_values(x, mass, moment, center, k, factor, cost, start, out):
-    """Write the k centroids to `out`; returns how far off `factor` of the estimated penalty was, a share of it."""
-    m = len(x)
-    used = min(k, m)
-    correction = 1.0
-    if used == m:
-        bounds = np.arange(m + 1)
-    else:
-        penalty = factor * _estimated_penalty(x, mass, k)
-        if m > MANY_VALUES and k <= FEW_CLUSTERS:
-            x, mass, moment = _possible_boundaries(x, mass, moment, k)
-            m = len(x)
-        bounds, found = _best_path(x, mass, moment, k, penalty, cost[: m + 1], start[: m + 1])
-        if len(bounds) > k:
-            correction = (found / penalty) ** 0.3
-        else:
-            bounds = _split_further(bounds, x, mass, k)
-    for c in range(used):
-        begin, end = bounds[c], bounds[c + 1]
-        out[c] = center + (moment[end] - moment[begin]) / (mass[end] - mass[begin])
-    out[used:] = out[used - 1]
-    return correction
+def _fit_values(values, sums, told, factor, cost, start, out):
+    """Write as many centroids as `out` takes; returns how far off `factor` of the estimated penalty was, a share of it."""
+    x, mass, moment = sums
+    m, unit, center, squares = told
+    k = len(out)
+    if m <= k:
+        _write_distinct(values, 1.0, out)
+        out[m:] = out[m - 1]
+        return 1.0
+    penalty = factor * _estimated_penalty(x, mass, k)
+    if m > MANY_VALUES and k <= FEW_CLUSTERS:
+        x, mass, moment = _possible_boundaries(x, mass, moment, k)
+    bounds, found = _best_path(x, mass, moment, k, penalty, cost, start)
+    if len(bounds) > k and _write_means(bounds, mass, moment, squares, center, unit, out):
+        return (found / penalty) ** 0.3
+    _, mass, _ = sums
+    x = np.empty(m)
+    _write_distinct(values, 1 / unit, x)
+    bounds = best_clusters(x, mass, k)
+    for c in range(k):
+        out[c] = unit * (x[bounds[c]] + mean_from_first(x, mass, bounds[c], bounds[c + 1]))
+    return 1.0
+
+
+@kernel(error_model="numpy")
+def _write_means(bounds, mass, moment, squares, center, unit, out):
+    """Write the clusters' means; returns whether the sums do tell these clusters from others."""
+    explained = 0.0
+    for c in range(len(out)):
+        w, s = mass[bounds[c + 1]] - mass[bounds[c]], moment[bounds[c + 1]] - moment[bounds[c]]
+        explained += s * s / w
+        out[c] = unit * (center + s / w)
+    return squares - explained > LEAST_SHARE * squares
+
+
+@kernel()
+def _write_distinct(values, factor, out):
+    """Write the distinct ones of ascending values, times a power of two."""
+    at = 0
+    for i in range(len(values)):
+        if i == 0 or values[i] != values[i - 1]:
+            out[at] = values[i] * factor
+            at += 1
 
 
 @kernel(error_model="numpy")
@@ -169,10 +220,14 @@ def _estimated_penalty(x, mass, k):
 
 @kernel(error_model="numpy")
 def _best_path(x, mass, moment, k, penalty, cost, start):
-    """Boundaries [k + 1] of the best path of k steps, and a penalty at which it is best of all; 1 <= k < m.
+    """Boundaries [k + 1] of the best path of k steps, and a penalty at which it is best of all.
 
-    Fewer boundaries where costs differ by less than their sums' rounding.
+    No boundaries where costs that differ by less than their sums' rounding, or too few values, leave no such path.
     """
+    cost, start = cost[: len(x) + 1], start[: len(x) + 1]
+    nothing = np.empty(0, np.int64)
+    if len(x) <= k:
+        return np.arange(k + 1) if len(x) == k else nothing, penalty
     few_steps, many_steps = 0, 0  # 0: no such path yet
     few_cost, many_cost = 0.0, 0.0
     few, many = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -191,8 +246,8 @@ def _best_path(x, mass, moment, k, penalty, cost, start):
             penalty = (few_cost - many_cost) / (many_steps - few_steps)
         else:
             attempts += 1
-            if steps < k and attempts > MOST_ATTEMPTS:
-                return few, penalty
+            if attempts > MOST_ATTEMPTS:
+                return nothing, penalty
             ratio = (steps / k) ** 3
             penalty *= (max(ratio, 1.12) if steps > k else min(ratio, 1 / 1.12)) ** exponent
             exponent *= 2
@@ -306,27 +361,3 @@ def _splice(few, many, k):
         if d + 1 < len(many) and few[c] <= many[d] and many[d + 1] <= few[c + 1]:
             return np.concatenate((few[: c + 1], many[d + 1 :]))
     return few  # only by rounding: between the first step and the last, the paths cross at every shift
-
-
-@kernel(error_model="numpy")
-def _split_further(bounds, x, mass, k):
-    """Boundaries [k + 1]: those of fewer clusters, and more, one by one, each where it lowers the error most.
-
-    A split lowers it by w1 w2 / (w1 + w2) times the squared distance of both sides' means, which rounding leaves alone.
-    """
-    while len(bounds) <= k:
-        best, place, after = -1.0, 0, 0
-        for c in range(len(bounds) - 1):
-            begin, end = bounds[c], bounds[c + 1]
-            total = 0.0  # about the cluster's first value
-            for i in range(begin, end):
-                total += (mass[i + 1] - mass[i]) * (x[i] - x[begin])
-            moment = 0.0
-            for i in range(begin, end - 1):
-                moment += (mass[i + 1] - mass[i]) * (x[i] - x[begin])
-                left, right = mass[i + 1] - mass[begin], mass[end] - mass[i + 1]
-                gain = left * right / (left + right) * ((total - moment) / right - moment / left) ** 2
-                if gain > best:
-                    best, place, after = gain, i + 1, c + 1
-        bounds = np.concatenate((bounds[:after], np.array([place]), bounds[after:]))
-    return bounds

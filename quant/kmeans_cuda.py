@@ -2,7 +2,8 @@
 
 All channels of a layer are searched side by side, in Triton, each by one warp, whose threads try the successors of
 a boundary together. Rows are not merged to distinct values here; a row for which no path of k steps is best at any
-penalty, or with no more than k distinct values, is left to the CPU. So are all rows where many centroids are asked for.
+penalty, with no more than k distinct values, or whose sums do not tell its clusters from others, is left to the CPU. So
+are all rows where many centroids are asked for.
 """
 
 import torch
@@ -22,8 +23,12 @@ def fit_per_channel(weight, sizes):
     """Optimal centroids of each output channel of `weight` [C, ...] for each of `sizes`: [[C, k], ...], float64."""
     rows = weight.reshape(len(weight), -1).to(torch.promote_types(weight.dtype, torch.float32)).sort(dim=1).values
     distinct = (rows.diff(dim=1) != 0).sum(dim=1) + 1
-    center = rows.mean(dim=1, dtype=torch.float64, keepdim=True)
-    x = rows.double() - center
+    exponent = rows[:, [0, -1]].abs().amax(dim=1, keepdim=True).double().frexp().exponent.clamp(-1000, 1000)
+    unit = 2.0 ** exponent.double()
+    scaled = rows.double() / unit
+    center = scaled.mean(dim=1, keepdim=True)
+    x = scaled - center
+    squares = x.square().sum(dim=1)
     moment = torch.nn.functional.pad(x.cumsum(dim=1), (1, 0))  # [C, n + 1]
     tables = []
     for k in sizes:
@@ -33,7 +38,10 @@ def fit_per_channel(weight, sizes):
         bounds = _best_paths(x, moment, k, distinct > k)  # [C, k + 1]
         left = bounds[:, 0] == UNFOUND
         bounds = bounds.where(~left[:, None], 0)
-        table = moment.gather(1, bounds).diff(dim=1) / bounds.diff(dim=1) + center
+        sums, counts = moment.gather(1, bounds).diff(dim=1), bounds.diff(dim=1)
+        told = squares - (sums.square() / counts).sum(dim=1) > kmeans_cpu.LEAST_SHARE * squares
+        left |= ~told
+        table = (sums / counts + center) * unit
         if left.any():
             table[left] = _on_cpu(rows[left], k)
         tables.append(table)

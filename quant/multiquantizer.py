@@ -7,6 +7,8 @@ the float weights. It is a plain dict that loads with `torch.load(weights_only=T
     family: the model's name
     prefix: of the module paths if only they are in it, else ""
     slots: {file key: {shape, fingerprint, errors: {word: float}, parameters: {word: {name: tensor}}}}
+    digests: {file key: of the key and its entry}
+    digest: of all these but the slots
 
 Tied weights are stored once, under the key of the slot that they share. The idea is Mills et al.'s (2025).
 """
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from quant import published, registry
+from quant.digests import digest_of
 from quant.entries import fingerprint, has_words, is_entry
 from quant.file_keys import by_file_key, by_weight
 from quant.files import atomic_write, load_checkpoint
@@ -29,8 +32,12 @@ from quant.model import QuantizedModel
 from quant.slots import free_keys, in_part, move_boundaries
 
 FORMAT = "qua2sedimo multiquantizer"
-VERSION = 1
+VERSION = 2  # 1 had no digests
 CHECKPOINT_SECONDS = 20
+
+
+class DamagedFile(InputError):
+    """A multiquantizer that is not as it was written, or was written by another version: of no use, whatever it is of."""
 
 
 def build(model, path, prefix="", overwrite=False):
@@ -91,6 +98,9 @@ def _resume(partial, model, overwrite):
     try:
         with _ways_out():
             entries = _own_entries(content, partial, model)
+    except DamagedFile as reason:
+        tqdm.write(f"starting anew: {reason}")
+        return {}
     except InputError:
         if overwrite:
             return {}
@@ -136,7 +146,7 @@ def _ways_out():
     try:
         yield
     except InputError as reason:
-        raise InputError(f"{reason}; --overwrite replaces it, --output names another place") from None
+        raise type(reason)(f"{reason}; --overwrite replaces it, --output names another place") from None
 
 
 def save(model, path, prefix=""):
@@ -151,7 +161,14 @@ def save(model, path, prefix=""):
         "slots": _with_interned_keys(by_file_key(entries, model.slots)),
     }
     with atomic_write(path) as file:
-        torch.save(content, file)
+        torch.save(with_digests(content), file)
+
+
+def with_digests(content):
+    """The content of a file with digests of what is in it."""
+    digests = {key: digest_of(key, entry) for key, entry in content["slots"].items()}
+    told = {name: content[name] for name in ("format", "version", "family", "precision_bits", "prefix")}
+    return told | {"slots": content["slots"], "digests": digests, "digest": digest_of(told, digests)}
 
 
 def _with_interned_keys(entries):
@@ -248,12 +265,29 @@ def stitch(model, path, prefixes, overwrite=False):
 def _read(content, path, name):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a multiquantizer")
-    if content.get("version") != VERSION:
-        raise InputError(f"{path}: multiquantizer version {content.get('version')}, this program reads {VERSION}")
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise DamagedFile(f"{path}: multiquantizer version {str(version)[:20]}, this program reads {VERSION}; make it again")
     if content.get("family") != name:
-        raise InputError(f"{path}: a multiquantizer of {content.get('family')}, not of {name}")
+        raise InputError(f"{path}: a multiquantizer of {str(content.get('family'))[:80]}, not of {name}")
     entries = content.get("slots")
     damaged = [key for key, entry in entries.items() if not is_entry(entry)] if isinstance(entries, dict) else ["slots"]
+    damaged = damaged or _changed(content)
     if damaged:
-        raise InputError(f"{path}: damaged multiquantizer ({damaged[0]})")
+        raise DamagedFile(f"{path}: damaged multiquantizer ({str(damaged[0])[:200]}); make it again")
     return entries
+
+
+def _changed(content):
+    """What of a file is not as it was written: keys of entries, or else its head."""
+    try:
+        right = with_digests(content)
+    except (KeyError, ValueError, RuntimeError):  # a name that lacks, or what has no digest
+        return ["its head"]
+    told = content.get("digests")
+    if isinstance(told, dict):
+        changed = [key for key, digest in right["digests"].items() if told.get(key) != digest]
+        if changed:
+            return changed
+    same = content.keys() == right.keys() and told == right["digests"] and content["digest"] == right["digest"]
+    return [] if same else ["its head"]

@@ -2,7 +2,7 @@
 
 A folder has `model.safetensors`, the module's state dictionary with each tensor once, and `quantization_config.json`:
 
-    {quant_method: "qua2sedimo", version, weights, ties: {}, as in quant/pretrained.py,
+    {quant_method: "qua2sedimo", version, weights, ties: {}, digest, as in quant/pretrained.py,
      same: {name in the state dictionary: name of the tensor in the file that it is},
      dtypes: {module path: precision that the packed layer says its weight has}}
 """
@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from errors import InputError, first_line
+from quant.digests import NAME, check_files, with_digests
 from quant.files import atomic_write, save_text
 from quant.layers import packed_layers
 from quant.packed_state import check_tables, empty_layers, put_layers, put_tensor, weights_of
@@ -35,7 +36,7 @@ def save_packed(module, folder):
     dtypes = {path: str(layer.compute_dtype).removeprefix("torch.") for path, layer in layers.items()}
     told = Qua2SeDiMoConfig(weights=weights_of(module), same=same, dtypes=dtypes).to_dict()
     with atomic_write(Path(folder) / TENSORS) as file:
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        file.write(safetensors.torch.save(with_digests(tensors), metadata={"format": "pt"}))
     save_text(json.dumps(told, indent=2, sort_keys=True) + "\n", Path(folder) / CONFIGURATION)
 
 
@@ -80,7 +81,7 @@ def load_packed(module, folder):
     module.
     """
     told = _read_configuration(Path(folder) / CONFIGURATION)
-    tensors = _read_tensors(Path(folder) / TENSORS)
+    tensors = _read_tensors(Path(folder) / TENSORS, told.has_digests)
     for name, kept in told.notes["same"].items():
         if kept not in tensors or name in tensors:
             raise InputError(f"{folder}: {name!r} cannot be the same as {kept!r}")
@@ -108,18 +109,26 @@ def _read_configuration(path):
         entries = told.setdefault(name, {})
         if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
             raise InputError(f"{path}: {name} is not a dictionary of names")
-    told = Qua2SeDiMoConfig(**told)
+    try:
+        told = Qua2SeDiMoConfig.from_dict(told)
+    except InputError as reason:
+        raise InputError(f"{path}: {reason}") from None
     if not told.weights:
         raise InputError(f"{path}: names no weights that are packed")
     return told
 
 
-def _read_tensors(path):
-    """The tensors {name: tensor} of a safetensors file, mapped."""
+def _read_tensors(path, has_digests):
+    """The tensors {name: tensor} of a safetensors file, mapped; compared with their digests where there are any."""
+    if has_digests:
+        check_files([path])
     try:
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except Exception as reason:  # of types of its own
         raise InputError(f"{path}: cannot be read ({first_line(reason)})") from None
+    if has_digests:
+        del tensors[NAME]
+    return tensors
 
 
 def _paths(module, layers):

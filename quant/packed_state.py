@@ -16,11 +16,9 @@ from torch import nn
 from errors import InputError
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
 from quant.offload import put_hook, take_hook
-from quant.registry import quantizer
+from quant.registry import TABLE_DTYPES, ZERO_DTYPES, quantizer
 from quant.slots import check_weight, is_weight_layer
 
-TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ZERO_DTYPES = (torch.int8, torch.int16, torch.int32)
 DAMAGED = "the file is damaged or of another model"
 
 

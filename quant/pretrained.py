@@ -6,7 +6,8 @@ this in its `config.json`:
 
     quantization_config: {quant_method: "qua2sedimo", version,
         weights, ties: see quant/packed_state.py, which checks them and the tensors,
-        precision_bits, avg_bits}
+        precision_bits, avg_bits,
+        digest: of all these; those of the tensors are in their files (quant/digests.py)}
 
 Loading replaces the layers while the model is on the meta device, so float weights never stand. On the CPU codes stay
 mapped from the file. With `from_pretrained(..., quantization_config=Qua2SeDiMoConfig("kmeans-4"))` a float model is
@@ -15,6 +16,8 @@ fitted and packed layer by layer as its files are read.
 
 import copy
 import enum
+import json
+import logging
 import re
 from collections import OrderedDict
 
@@ -26,6 +29,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from errors import InputError
+from quant.digests import NAME, check_files, digest_of, with_digests
 from quant.guard import refuse_unasked
 from quant.joined import is_fused, join_instead_of_fusing
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
@@ -44,7 +48,9 @@ from quant.packed_state import (
 from quant.registry import quantizer
 from quant.slots import is_weight_layer
 
-VERSION = 1
+VERSION = 2
+WITHOUT_DIGESTS = 1  # read too: what it was packed from may be gone
+log = logging.getLogger("qua2sedimo")
 
 
 class QuantMethod(enum.StrEnum):  # diffusers asks for `.value`, JSON for a string
@@ -65,8 +71,8 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
         self, method=None, modules_to_not_convert=None, weights=None, ties=None, version=VERSION, quant_method=None, **notes
     ):
         self.quant_method = QuantMethod.QUA2SEDIMO
-        if version != VERSION or isinstance(version, bool):
-            raise InputError(f"quantization_config: version {version!r}, this program reads {VERSION}")
+        if not isinstance(version, int) or version not in (VERSION, WITHOUT_DIGESTS) or isinstance(version, bool):
+            raise InputError(f"quantization_config: version {repr(version)[:60]}, this program reads {VERSION}")
         if method is not None:
             quantizer(method)  # refuses an unknown one
         if isinstance(modules_to_not_convert, str):
@@ -75,14 +81,28 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
         if not isinstance(left, list | tuple) or not all(isinstance(path, str) for path in left):
             raise InputError(f"quantization_config: modules_to_not_convert is {left!r}, not a list of module paths")
         check_words(weights, ties)
-        self.method, self.modules_to_not_convert, self.version = method, modules_to_not_convert, version
+        self.method, self.modules_to_not_convert, self.version = method, modules_to_not_convert, VERSION
         self.weights, self.ties = weights, ties
         self.notes = notes
+        self.has_digests = version != WITHOUT_DIGESTS
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """The configuration that `to_dict` has told, as a file holds it; InputError if that was changed."""
+        told = dict(config_dict)
+        digest = told.pop("digest", None)
+        made = super().from_dict(told, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        is_saved = told.get("weights") is not None or digest is not None
+        if is_saved and told.get("version") != WITHOUT_DIGESTS and digest != _digest_of(told):
+            raise InputError("quantization_config: is not as it was saved; get config.json again")
+        return made
 
     def to_dict(self):
-        """The entries as JSON holds them, what is unset left out."""
-        told = {name: value for name, value in self.__dict__.items() if value is not None and name != "notes"}
-        return self.notes | told | {"quant_method": self.quant_method.value}
+        """The entries as JSON holds them, what is unset left out; with a digest, if they are of a packed model."""
+        told = {name: value for name, value in self.__dict__.items() if value is not None}
+        told = self.notes | told | {"quant_method": self.quant_method.value}
+        del told["notes"], told["has_digests"]
+        return told if self.weights is None else told | {"digest": _digest_of(told)}
 
     def to_diff_dict(self):
         """The same as `to_dict`; diffusers asks for it where it logs or writes configurations."""
@@ -91,6 +111,10 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
     def leaves_out(self, path):
         """Whether the module at `path` is to stay float."""
         return any(f"{path}.".startswith(f"{left}.") for left in self.modules_to_not_convert or ())
+
+
+def _digest_of(told):
+    return digest_of(json.dumps(told, sort_keys=True))
 
 
 class Qua2SeDiMoQuantizer(DiffusersQuantizer):
@@ -121,7 +145,13 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         self.device_map = device_map
 
     def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
-        """Note the names of the files' tensors, which diffusers tells here alone."""
+        """Note the names of the files' tensors, which diffusers tells here alone; check the files, before any is loaded."""
+        told = self.quantization_config
+        if self.pre_quantized and told.weights and told.has_digests:
+            check_files(checkpoint_files)
+            loaded_keys = [name for name in loaded_keys if name != NAME]
+        elif self.pre_quantized and told.weights:
+            log.warning("%s: was saved without digests, so damage may go unseen; save the model again", checkpoint_files[0])
         self.loaded_keys = set(loaded_keys)
         return loaded_keys
 
@@ -208,7 +238,10 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
             raise InputError(f"{empty}: is not in the files; get the whole folder")
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
-        """Leave out tied tensors, which the file has once, and what `fuse_qkv_projections` has added."""
+        """The tensors but tied ones, which the file has once, and what `fuse_qkv_projections` has added; their digests.
+
+        InputError for tensors that are offloaded and for layers that are packed no more.
+        """
         told = self.quantization_config
         ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
         for path in [path for path in told.weights if path not in ties]:
@@ -219,7 +252,11 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
                 raise InputError(f"{path}: its weights are offloaded; take the offloading off before saving")
         tied = tuple(f"{path}." for path in ties)
         kept = {name: v for name, v in state_dict.items() if not (name.startswith(tied) and is_packed_name(name))}
-        return {name: value for name, value in kept.items() if not is_fused(name.rpartition(".")[0], kept)}, {}
+        kept = {name: value for name, value in kept.items() if not is_fused(name.rpartition(".")[0], kept)}
+        offloaded = next((name for name, value in kept.items() if value.is_meta), None)
+        if offloaded:
+            raise InputError(f"{offloaded}: is offloaded; take the offloading off before saving")
+        return with_digests(kept), {}
 
     def _dequantize(self, model):
         dequantize(model)

@@ -57,6 +57,8 @@ def _convert_slot(content, path, key, weight):
             if not torch.is_tensor(tensor) or not tensor.is_floating_point() or not tensor.ndim:
                 raise ValueError("is not a tensor of weights")
             parameters[name] = READERS[method.algorithm](tensor.to(weight.device), weight, method)
+            if not method.check(parameters[name], weight.shape):
+                raise ValueError("does not stand for finite weights")
         except ValueError as reason:
             raise InputError(f"{path}: {name} of {key} {reason}") from None
     return make_entry(weight, parameters)

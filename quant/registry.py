@@ -24,6 +24,8 @@ from quant import groups, kmeans, sorted_errors, uaq
 from quant.rows import sorted_rows
 
 BITS = (4, 3)  # of the search space
+TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of scales and centroids
+ZERO_DTYPES = (torch.int8, torch.int16, torch.int32)
 POSSIBLE = "mse, kmeans and kmeans_all take 2 to 8 bits, as mse-4, and the first two groups of 2 or more inputs: mse-4-g64"
 
 
@@ -104,14 +106,15 @@ class Quantizer:
     def check(self, parameters, shape):
         """Whether `parameters`, read from a file, are whole and sound for a weight of that shape.
 
-        Right names and shapes, finite numbers, positive scales, ascending centroids; boundaries and codes, if any, too.
+        Right names, precisions and shapes, plain dense tensors, positive scales, finite levels, ascending centroids;
+        boundaries and codes, if any, too.
         """
         try:
             required, named = set(self.tables), set(parameters)
             if not required <= named <= required | set(self.optional):
                 return False
             tables = {name: tensor for name, tensor in parameters.items() if name != "codes"}
-            sound = all(map(torch.is_tensor, parameters.values())) and self._are_sound(shape, **tables)
+            sound = all(map(_is_plain, parameters.values())) and self._are_sound(shape, **tables)
             return sound and ("codes" not in parameters or self._are_codes(parameters["codes"], shape))
         except (TypeError, AttributeError, IndexError, RuntimeError):  # of what is no tensor, or an odd one
             return False
@@ -148,10 +151,9 @@ class Uniform(Quantizer):
         fitted = {b: uaq.fit(weight, b) for b in bits} if rows is None else uaq.fit_rows(rows, bits)
         return {b: {"scale": scale, "zero_point": zero_point} for b, (scale, zero_point) in fitted.items()}
 
-    @staticmethod
-    def stored(tables, dtype):
+    def stored(self, tables, dtype):
         """The fitted tables as files hold them: scales in `dtype`, zero points as integers."""
-        return uaq.stored(**tables, dtype=dtype)
+        return uaq.stored(**tables, dtype=dtype, bits=self.bits)
 
     def _encode(self, block, scale, zero_point):
         return uaq.quantize(block, scale, zero_point, self.bits).to(torch.uint8)
@@ -166,9 +168,10 @@ class Uniform(Quantizer):
         return sorted_errors.of_uaq(rows, scale, zero_point, self.bits)
 
     def _are_sound(self, shape, scale, zero_point):
-        integer = not zero_point.is_floating_point() and not zero_point.is_complex()
-        fits = scale.is_floating_point() and integer and scale.shape == zero_point.shape == self.lead(shape)
-        return fits and bool(scale.isfinite().all() and (scale > 0).all())
+        fits = scale.dtype in TABLE_DTYPES and zero_point.dtype in ZERO_DTYPES
+        if not fits or not scale.shape == zero_point.shape == self.lead(shape):
+            return False
+        return bool((scale > 0).all()) and uaq.has_finite_levels(scale, zero_point, self.bits)
 
 
 class ChannelKMeans(Quantizer):
@@ -184,8 +187,7 @@ class ChannelKMeans(Quantizer):
         """Tables {b: {"centroids": [R, k]}} of the rows of a block, in its search's precision."""
         return {b: {"centroids": found} for b, found in kmeans.fit_per_channel(block.weight, bits, block.rows).items()}
 
-    @staticmethod
-    def stored(tables, dtype):
+    def stored(self, tables, dtype):
         """The fitted table as files hold it: centroids in `dtype`."""
         return {"centroids": tables["centroids"].to(dtype)}
 
@@ -243,8 +245,15 @@ class WholeKMeans(ChannelKMeans):
         return math.prod(shape)
 
 
+def _is_plain(tensor):
+    """Whether it is an ordinary tensor, dense and in one piece, as every kernel takes them."""
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        return False
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _is_ascending(table, shape):
-    fits = table.is_floating_point() and table.shape == shape
+    fits = table.dtype in TABLE_DTYPES and table.shape == shape
     return fits and bool((table[..., 1:] >= table[..., :-1]).all() and not table.isnan().any())
 
 
@@ -301,9 +310,20 @@ def fit_with_errors(weight, words=SEARCH_SPACE):
         fitted |= parameters
         for each in alike:
             own = parameters[each.name]
-            slow = blocks[0].rows is None
-            told[each.name] = each.error(weight, own) if slow else each._error_of_rows(blocks, own, weight.shape)
+            fast = blocks[0].rows is not None
+            error = each._error_of_rows(blocks, own, weight.shape) if fast else each.error(weight, own)
+            told[each.name] = error if math.isfinite(error) else _finite_error(each, weight, own)
     return {each.name: fitted[each.name] for each in members}, {each.name: told[each.name] for each in members}
+
+
+def _finite_error(member, weight, parameters):
+    """The error by the slower route, which holds larger numbers; ValueError if even these are too small."""
+    error = member.error(weight, parameters)
+    if not math.isfinite(error):
+        raise ValueError(
+            f"the weight has numbers as large as {weight.abs().max().item():.3g}: {member.name}'s error overflows"
+        )
+    return error
 
 
 def _by_group(members):

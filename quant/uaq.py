@@ -13,10 +13,13 @@ import torch
 from numba import prange
 
 from quant.compiled import kernel
+from quant.doors import expect
 from quant.power import power_2_4
 from quant.rows import run
 
 SHRINKS = tuple(1 - tenth / 10 for tenth in range(10))
+MOST_ZERO = {torch.float16: 2**15}  # so that a code and a zero point make a number of that precision
+MOST_ZERO_ELSE = 2**30
 _SHRINKS_32 = np.array(SHRINKS, np.float32)
 
 
@@ -29,7 +32,10 @@ def mean_error(weight, quantized):
 
 def total_error(weight, quantized):
     """Quantization error of a slot: sum over output channels of the channel's mean |w - w'|^2.4."""
-    return mean_error(weight, quantized).double().sum().item()
+    total = mean_error(weight, quantized).double().sum().item()
+    if math.isfinite(total):
+        return total
+    return mean_error(weight.double(), quantized.double()).sum().item()  # more than float32 holds
 
 
 def fit(weight, bits):
@@ -59,14 +65,42 @@ def fit(weight, bits):
         zero_point = torch.where(better, new_zero, zero_point)
     constant = low == high
     scale = torch.where(constant & (low != 0), low.abs(), scale)
-    return torch.ldexp(scale, exponent), torch.where(constant, (low < 0).to(scale.dtype), zero_point)
+    zero_point = torch.where(constant, (low < 0).to(scale.dtype), zero_point)
+    # As the outermost level, which is exact too, a large number has none beyond it that could overflow.
+    outermost = constant & (torch.ldexp(low.abs(), exponent) > 1)
+    scale = torch.where(outermost, scale / 2**bits, scale)
+    zero_point = torch.where(outermost, torch.where(low < 0, 2.0**bits, -1.0), zero_point)
+    return torch.ldexp(scale, exponent), zero_point
 
 
-def stored(scale, zero_point, dtype):
-    """The tables of a fitted scale and zero point, as they are kept: {name: tensor}."""
-    storable = storable_scale(scale, dtype)
+def stored(scale, zero_point, dtype, bits):
+    """The tables of a fitted scale and zero point of so many bits, as they are kept: {name: tensor}; all levels finite."""
+    offset = zero_point * scale
+    # A channel far from zero whose values lie close together has a coarser grid, of zero points that `dtype` can hold.
+    least = (offset.abs() / MOST_ZERO.get(dtype, MOST_ZERO_ELSE)).nan_to_num(0)
+    storable = storable_scale(torch.maximum(scale, least), dtype)
     # A scale that rounding moves far (a subnormal one) must not move the channel's offset with it.
-    return {"scale": storable, "zero_point": whole_numbers((zero_point * scale / storable).round())}
+    zero_point = (offset / storable).nan_to_num(0).round()
+    storable = _with_finite_levels(storable, zero_point, bits)
+    return {"scale": storable, "zero_point": whole_numbers(zero_point)}
+
+
+def _with_finite_levels(scale, zero_point, bits):
+    """The scales, smaller where the lowest or the highest level would overflow: of weights near the largest number."""
+    steps = _ends(zero_point, scale.dtype, bits).abs().amax(dim=-1)
+    largest = torch.full_like(scale, torch.finfo(scale.dtype).max) * (1 - torch.finfo(scale.dtype).eps)
+    return torch.where((steps * scale).isfinite(), scale, largest / steps)
+
+
+def has_finite_levels(scale, zero_point, bits):
+    """Whether every code stands for a finite weight."""
+    return bool((_ends(zero_point, scale.dtype, bits) * scale[..., None]).isfinite().all())
+
+
+def _ends(zero_point, dtype, bits):
+    """The lowest and the highest level in steps of the scale: [..., 2]."""
+    codes = torch.tensor([0, 2**bits - 1], dtype=dtype, device=zero_point.device)
+    return codes - zero_point.to(dtype)[..., None]
 
 
 def storable_scale(scale, dtype):
@@ -103,6 +137,9 @@ def _per_channel(tensor, scale, zero_point):
 
 def fit_rows(rows, bits):
     """`fit` for each of several bit widths of float32 rows (numpy [C, n], ascending): {b: (scale, zero point)}."""
+    expect("rows", rows, (None, None), np.float32)
+    if not rows.size or not all(1 <= b <= 8 for b in bits):
+        raise ValueError(f"rows of shape {list(rows.shape)} have no scales of {bits} bits")
     out = np.empty((2, len(bits), len(rows)), np.float32)
     run(_fit_rows, rows, np.array([2**b - 1 for b in bits], np.float32), _SHRINKS_32, out)
     scale, zero_point = torch.from_numpy(out)
@@ -122,6 +159,9 @@ def _fit_rows(rows, tops, shrinks, out):
             scale, zero_point = _search(scaled, low, high, tops[b], shrinks)
             if low == high:
                 scale, zero_point = abs(low) if low != 0 else np.float32(1), np.float32(low < 0)
+                if abs(low) * np.float32(2.0**exponent) > 1:  # see `fit`
+                    count = tops[b] + np.float32(1)
+                    scale, zero_point = scale / count, count if low < 0 else np.float32(-1)
             out[0, b, channel] = scale * np.float32(2.0**exponent)
             out[1, b, channel] = zero_point
 

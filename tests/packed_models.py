@@ -8,6 +8,7 @@ from conftest import TINY, tiny, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from zoo import ZOO, denoisers
 
+from quant.digests import NAME, with_digests
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE
 
@@ -73,7 +74,8 @@ def packed(name):
 
 
 def change_tensors(path, change):
-    """Let `change` alter the tensors {name: tensor} in a safetensors file."""
+    """Let `change` alter the tensors {name: tensor} in a safetensors file; digests in it are then of what is there."""
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    has_digests = tensors.pop(NAME, None) is not None
     change(tensors)
-    save_file(tensors, path)
+    save_file(with_digests(tensors) if has_digests else tensors, path)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numba import prange
 
 from quant.compiled import kernel
+from quant.doors import expect
 from quant.packing import row_bytes, unpack_rows
 from quant.rows import run
 
@@ -21,6 +22,7 @@ LIBRARY = torch.library.Library("qua2sedimo", "DEF")
 LIBRARY.define("decode(Tensor codes, Tensor table, Tensor? zero, int bits, int count, int group) -> Tensor")
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes: a look-up moves values, whatever they are
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+ZERO_DTYPES = (torch.int8, torch.int16, torch.int32)
 CHUNK = 2**18  # numbers computed together, which stay in the processor's cache
 
 
@@ -54,12 +56,20 @@ def _uniform(codes, bits, scale, zero):
 
 def check_shapes(codes, table, zero, bits, count, group):
     """ValueError unless the tensors are those of `count` codes a row: the compiled look-up reads where it is told to."""
-    rows, groups = codes.shape[0], -(-count // group) if group else 1
-    numbers = zero.numel() == table.numel() == rows * groups if zero is not None else True
-    own = zero is None and table.ndim > 1
-    if codes.shape[1] != row_bytes(count, bits) or not numbers or (own and table[..., 0].numel() != rows * groups):
-        shapes = [list(each.shape) for each in (codes, table, zero) if each is not None]
-        raise ValueError(f"packed codes and tables of shapes {shapes} are not of {count} codes of {bits} bits a row")
+    if codes.ndim == 2 and 1 <= bits <= 8 and group >= 0 and _belong(codes, table, zero, bits, count, group):
+        return
+    found = [f"{each.dtype} {list(each.shape)}" for each in (codes, table, zero) if each is not None]
+    raise ValueError(f"packed codes and tables {', '.join(found)} are not of {count} codes of {bits} bits a row")
+
+
+def _belong(codes, table, zero, bits, count, group):
+    groups = -(-count // group) if group else 1
+    if codes.dtype != torch.uint8 or not table.is_floating_point() or codes.shape[1] != row_bytes(count, bits):
+        return False
+    if zero is not None:
+        return zero.dtype in ZERO_DTYPES and zero.numel() == table.numel() == codes.shape[0] * groups
+    levels = table.shape[-1] if table.ndim else 0
+    return levels > 0 and (table.ndim == 1 or table.numel() == levels * codes.shape[0] * groups)
 
 
 def _decode_anywhere(codes, table, zero, bits, count, group):
@@ -79,6 +89,7 @@ def decode_into(out, codes, table, zero, bits, group=0):
     """`decode` on the CPU into `out`, a contiguous tensor [C, count] of any floating dtype."""
     count = out.shape[1]
     check_shapes(codes, table, zero, bits, count, group)
+    expect("out", out, (len(codes), count), out.dtype)
     if zero is None:
         return look_up(out, codes, levels_of(table, zero, bits, len(codes)).to(out.dtype), bits, group)
     # A look-up among about as many levels as there are weights would cost more than the arithmetic does.
@@ -116,6 +127,11 @@ def look_up(out, codes, levels, bits, group=0):
     Codes beyond the last level, as of a damaged file, count as it.
     """
     unsigned, count = UNSIGNED[out.itemsize], out.shape[1]
+    expect("out", out, (len(codes), count), levels.dtype)
+    groups = -(-count // group) if group else 1
+    sound = levels.ndim == 3 and levels.shape[0] in (1, len(codes)) and levels.shape[1] == groups and levels.shape[2]
+    if not sound or codes.dtype != torch.uint8 or codes.shape[1] != row_bytes(count, bits):
+        raise ValueError(f"codes {list(codes.shape)} and levels {list(levels.shape)} are not of {count} codes a row")
     as_pairs = bits <= 4 and not group and count % 2 == 0 and out.itemsize < 8
     packed, values, chosen = codes.contiguous().numpy(), _integers(levels.contiguous()), _integers(out)
     if as_pairs:

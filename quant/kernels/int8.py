@@ -17,6 +17,7 @@ import torch
 from numba import prange
 
 from quant.compiled import kernel
+from quant.doors import expect
 from quant.kernels.decode import check_shapes, look_up
 from quant.rows import run
 
@@ -47,6 +48,8 @@ def linear(input, room, codes, table, zero, bits, act_bits, bias):
     """
     count, channels, is_narrow = input.shape[-1], len(codes), input.dtype == torch.bfloat16
     check_shapes(codes, table, zero, bits, count, 0)
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"a bias of shape {list(bias.shape)} is not of {channels} output channels")
     values = input.reshape(-1, count)
     q, *of_tokens = quantize_rows(values, act_bits, room(values.shape, torch.int8, "input"))
     of_tokens[2] += count * of_tokens[1]
@@ -83,6 +86,7 @@ def quantize_rows(rows, bits, q):
     Scales and codes are those of activations.quantize_tokens, q = code - 2^(bits - 1). The scale of a row with NaN or
     infinite values is NaN.
     """
+    expect("q", q, (*rows.shape,), torch.int8)
     is_narrow = rows.dtype == torch.bfloat16
     numbers = _bits(rows.contiguous() if is_narrow else rows.float().contiguous())
     told = torch.empty(3, len(rows))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quant.doors import expect
 from quant.kernels.decode import check_shapes
 from quant.packing import group_of
 
@@ -245,6 +246,9 @@ def _is_supported_device(device):
 def packed_arguments(codes, table, zero, bits, count, group):
     """What all kernels take of packed rows: (tensors, {argument: number}); ValueError where they do not belong together."""
     check_shapes(codes, table, zero, bits, count, group)
+    devices = {each.device for each in (codes, table, zero) if each is not None}
+    if len(devices) > 1:
+        raise ValueError(f"packed codes and tables are on {', '.join(sorted(map(str, devices)))}, not on one device")
     affine = zero is not None
     tensors = codes.contiguous(), table.contiguous(), zero.contiguous() if affine else table
     numbers = {"channels": len(codes), "row_bytes": codes.shape[1], "last": 0 if affine else table.shape[-1] - 1}
@@ -252,9 +256,18 @@ def packed_arguments(codes, table, zero, bits, count, group):
     return tensors, numbers | constants
 
 
+def check_bias(bias, codes):
+    """ValueError unless `bias`, if any, is one number for each output channel of the packed rows, where these are."""
+    if bias is not None:
+        expect("bias", bias, (len(codes),), *FLOATS)
+        if bias.device != codes.device:
+            raise ValueError(f"the bias is on {bias.device}, the packed codes on {codes.device}")
+
+
 def decode_into(out, codes, table, zero, bits, group=0):
     """Fill `out` [C, count] of float16, bfloat16 or float32 with decoded weights, as `decode` and `.to(out.dtype)` do."""
     count = out.shape[1]
+    expect("out", out, (len(codes), count), *FLOATS)
     tensors, arguments = packed_arguments(codes, table, zero, bits, count, group)
     grid = (triton.cdiv(len(codes), ROWS), triton.cdiv(count, COLUMNS))
     if out.numel():

@@ -11,7 +11,15 @@ import triton.language as tl
 
 from quant.kernels import shapes
 from quant.kernels.decode import decode
-from quant.kernels.triton_decode import decode_into, is_supported, packed_arguments, row_tables, tables_group, weights
+from quant.kernels.triton_decode import (
+    check_bias,
+    decode_into,
+    is_supported,
+    packed_arguments,
+    row_tables,
+    tables_group,
+    weights,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 TILES = {  # by the most rows of inputs
@@ -72,6 +80,7 @@ def tile_for(tiles, rows):
 def fused(x, codes, table, zero, bits, group, bias):
     """F.linear of x [M, K], float16 or bfloat16, and packed weights, in one launch."""
     count = x.shape[1]
+    check_bias(bias, codes)
     tensors, arguments = packed_arguments(codes, table, zero, bits, count, group)
     out = x.new_empty(len(x), len(codes))
     tile = tile_for(TILES, len(x))

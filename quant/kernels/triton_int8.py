@@ -16,7 +16,15 @@ import triton.language as tl
 
 from quant.activations import quantize_tokens
 from quant.kernels import shapes
-from quant.kernels.triton_decode import decode_int8, int8_codes, int8_form, is_supported, nearest, packed_arguments
+from quant.kernels.triton_decode import (
+    check_bias,
+    decode_int8,
+    int8_codes,
+    int8_form,
+    is_supported,
+    nearest,
+    packed_arguments,
+)
 from quant.kernels.triton_fused import decoded, tile_for
 
 MAX_CODEBOOK_BITS = 6  # of which levels lie far enough apart to be rounded to 255 steps
@@ -201,6 +209,7 @@ def _quantize(x, out, form, act_bits):
 def int8_linear(x, codes, table, zero, bits, act_bits, bias):
     """Outputs [M, C] in the dtype of x [M, K]: quantized tokens times packed weights, in two launches or three."""
     (tokens, count), channels = x.shape, len(codes)
+    check_bias(bias, codes)
     q, x_form = token_codes(x, act_bits)
     out = x.new_empty(tokens, channels)
     shared = {"BIASED": bias is not None}

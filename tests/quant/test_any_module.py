@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from zoo import ZOO
 
 from errors import InputError
-from quant import QuantizedModel, load_packed, save_packed
+from quant import QuantizedModel, digests, load_packed, pretrained, save_packed
 from quant.discovery import weight_use
 from quant.layers import packed_layers
 
@@ -144,7 +144,7 @@ def test_ties_are_kept(tmp_path):
     module[1].load_state_dict(module[0].state_dict())
     QuantizedModel(module, ties={"1": "0"}).pack("kmeans-4", show=False)
     save_packed(module, tmp_path)
-    assert sorted(load_file(tmp_path / WEIGHTS)) == ["0.bias", "0.codes", "0.table", "1.bias"]
+    assert sorted(load_file(tmp_path / WEIGHTS)) == ["0.bias", "0.codes", "0.table", "1.bias", digests.NAME]
     loaded = load_packed(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path)
     assert torch.equal(loaded[1].decoded(), module[0].decoded())
 
@@ -247,7 +247,9 @@ def test_a_float_module_and_an_offloaded_one_are_not_saved(tmp_path):
 
 def change_json(folder, **changes):
     path = folder / "quantization_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    told = json.loads(path.read_text()) | changes
+    del told["digest"]
+    path.write_text(json.dumps(told | {"digest": pretrained._digest_of(told)}))
 
 
 DAMAGE = {

@@ -12,7 +12,7 @@ from packed_models import change_tensors, packed, predict
 from safetensors.torch import load_file
 
 from errors import InputError
-from quant import Qua2SeDiMoConfig
+from quant import Qua2SeDiMoConfig, pretrained
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 LAYER = "transformer_blocks.0.attn1.to_q"
@@ -30,10 +30,18 @@ def saved(name, folder):
     return arguments, output
 
 
+def signed(told):
+    """A configuration with the digest of what it says, where it has one."""
+    if isinstance(told, dict) and "digest" in told:
+        told = {name: value for name, value in told.items() if name != "digest"}
+        told["digest"] = pretrained._digest_of(told)
+    return told
+
+
 def change_told(folder, change):
     """Let `change` alter the quantization configuration of the folder's `config.json`."""
     told = json.loads((folder / CONFIG).read_text())
-    told["quantization_config"] = change(told["quantization_config"]) or told["quantization_config"]
+    told["quantization_config"] = signed(change(told["quantization_config"]) or told["quantization_config"])
     (folder / CONFIG).write_text(json.dumps(told))
 
 
@@ -49,7 +57,7 @@ def set_to(key, value):
 
 FIRST = "pos_embed.proj"
 TOLD = {
-    "version": (set_to("version", 2), "version 2"),
+    "version": (set_to("version", 3), "version 3"),
     "version of another kind": (set_to("version", [1]), "version"),
     "no weights": (set_to("weights", None), "names no weights"),
     "weights a list": (set_to("weights", ["a"]), "weights is"),
@@ -141,6 +149,7 @@ def test_other_methods_than_the_tensors_are_of(name, tmp_path):
     for other in {"mse-4", "mse-3", "kmeans-4", "kmeans-3", "kmeans_all-4", "kmeans_all-3"} - {method}:
         changed = copy.deepcopy(told)
         changed["quantization_config"]["weights"][path] = other
+        changed["quantization_config"] = signed(changed["quantization_config"])
         (tmp_path / CONFIG).write_text(json.dumps(changed))
         refused(tmp_path, path)
 

@@ -81,12 +81,6 @@ def test_values_that_sums_do_not_tell_apart():
     assert squared_error(weight, kmeans.fit_per_channel(weight, (7,))[7]) < 1e-30
 
 
-def test_split_further_by_hand():
-    """0, 1, 10, 11, 30 in one cluster: the first split takes 30 off, the second parts 0, 1 from 10, 11."""
-    x, mass = np.array([0.0, 1.0, 10.0, 11.0, 30.0]), np.arange(6.0)
-    assert kmeans_cpu._split_further(np.array([0, 5]), x, mass, 3).tolist() == [0, 2, 4, 5]
-
-
 def test_a_path_is_spliced_where_none_is_best():
     """At one penalty paths of one and of three steps over 0, 1 ... 5 are best: the one of two is made of both."""
     few, many = np.array([0, 6]), np.array([0, 2, 4, 6])

@@ -96,7 +96,7 @@ def test_untied_weights_are_refused_by_name(denoiser):
 def test_missing_layers_are_named(built, tmp_path, model):
     content = torch.load(built[0], weights_only=True)
     del content["slots"][file_key("proj_out_2")]
-    torch.save(content, tmp_path / "less.pt")
+    torch.save(multiquantizer.with_digests(content), tmp_path / "less.pt")
     with pytest.raises(InputError, match="proj_out_2"):
         multiquantizer.load(tmp_path / "less.pt", model)
 
@@ -142,6 +142,8 @@ def damage_parameter(method, name, value):
 def test_damaged_files_are_refused(built, tmp_path, model, damage):
     content = torch.load(built[0], weights_only=True)
     damage(content)
+    if isinstance(content["slots"], dict):
+        content = multiquantizer.with_digests(content)
     torch.save(content, tmp_path / "damaged.pt")
     with pytest.raises(InputError, match=r"damaged\.pt: damaged multiquantizer"):
         multiquantizer.load(tmp_path / "damaged.pt", model)
@@ -177,7 +179,7 @@ def change_words(change):
 def test_entries_of_no_words_or_unknown_ones_are_damaged(built, tmp_path, model, change):
     content = torch.load(built[0], weights_only=True)
     change_words(change)(content)
-    torch.save(content, tmp_path / "damaged.pt")
+    torch.save(multiquantizer.with_digests(content), tmp_path / "damaged.pt")
     with pytest.raises(InputError, match=r"damaged\.pt: damaged multiquantizer"):
         multiquantizer.load(tmp_path / "damaged.pt", model)
 
@@ -254,7 +256,7 @@ def stitched(parts, tmp_path):
             file.unlink()
             if change is not None:
                 change(content["slots"])
-                torch.save(content, file)
+                torch.save(multiquantizer.with_digests(content), file)
         return multiquantizer.stitch(model, folder / "sdxl_mq.pt", FAMILIES["sdxl"].prefixes)
 
     return stitch

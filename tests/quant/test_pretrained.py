@@ -65,7 +65,7 @@ def test_a_folder_holds_codes_once_and_tells_how_it_was_made(name, tmp_path):
     denoiser, _, _ = packed(name)
     denoiser.save_pretrained(tmp_path)
     told, tensors, layers = configuration_of(tmp_path), tensors_of(tmp_path), dict(packed_layers(denoiser))
-    assert (told["quant_method"], told["version"]) == ("qua2sedimo", 1)
+    assert (told["quant_method"], told["version"]) == ("qua2sedimo", 2)
     assert told["weights"].keys() == layers.keys()
     assert told["precision_bits"] == (16 if name.startswith("tiny_") and name != "tiny_sdv15" else 32)
     assert 3 < told["avg_bits"] < 32

@@ -12,6 +12,7 @@ from models.families import FAMILIES
 from quant import multiquantizer
 from quant.file_keys import by_file_key
 from quant.files import check_writable, save_pickle
+from quant.multiquantizer import with_digests
 from stages import build_config, plot_insights, q_config, sampling, score_sources
 from stages.labelling import eval_random
 
@@ -38,7 +39,7 @@ def bad_files(mq, tmp_path_factory):
     key = next(key for key in slots if ".norm1.emb." in key)
     tied = key.replace("transformer_blocks.0.", "transformer_blocks.1.")
     save_pickle(dict.fromkeys(slots, "mse-4") | {tied: "mse-3"}, folder / "untied.pkl")
-    torch.save(content | {"slots": dict(list(slots.items())[:-1])}, folder / "part.pt")
+    torch.save(with_digests(content | {"slots": dict(list(slots.items())[:-1])}), folder / "part.pt")
     torch.save({"flags": {}, "weights": {"a": 1}}, folder / "unmeasured.pt")
     (folder / "labels").mkdir()
     (folder / "labels" / "quant_cache.pkl").write_bytes(pickle.dumps([{"config": []}]))

@@ -19,6 +19,7 @@ from models.pipelines import load_denoiser
 from quant import config
 from quant.file_keys import by_file_key
 from quant.files import save_pickle
+from quant.multiquantizer import with_digests
 from quant.slots import find_slots
 from stages import infer, multiquantizer
 from stages.labelling import eval_random, labeller
@@ -107,7 +108,7 @@ def test_labels_of_another_multiquantizer_do_not_mix(labels, mq, tmp_path, run_s
     shutil.copytree(labels, tmp_path / "labels")
     content = torch.load(mq, weights_only=True)
     next(iter(content["slots"].values()))["errors"]["mse-4"] *= 2
-    torch.save(content, tmp_path / "other.pt")
+    torch.save(with_digests(content), tmp_path / "other.pt")
     flags = (*EVAL, "--multi_chkpt", tmp_path / "other.pt", "--outdir", tmp_path / "labels", "--num_archs", 4)
     code, printed = run_script(eval_random, "dit", *flags)
     assert code == 2 and "multiquantizer_key" in printed

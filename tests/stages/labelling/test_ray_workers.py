@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from quant.multiquantizer import with_digests
 from stages.labelling import eval_random
 from stages.labelling.labeller import Task
 
@@ -43,7 +44,7 @@ def test_labels_do_not_depend_on_the_number_of_workers(embedded_mq, tmp_path, ru
 def test_bad_input_found_by_a_worker_is_one_line(tmp_path, run_script, mq):
     content = torch.load(mq, weights_only=True)
     next(iter(content["slots"].values()))["fingerprint"] = "0"
-    torch.save(content, tmp_path / "other_mq.pt")
+    torch.save(with_digests(content), tmp_path / "other_mq.pt")
     flags = (*FLAGS, "--multi_chkpt", tmp_path / "other_mq.pt", "--outdir", tmp_path, "--workers", 1)
     code, printed = run_script(eval_random, "dit", *flags)
     last = printed.strip().splitlines()[-1]
