@@ -102,9 +102,10 @@ class Repository:
 
     def _shards(self, component, index):
         weight_map = self.read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise InputError(f"{self.folder / index}: names no shards; fetch it again")
-        return [f"{component}/{shard}" for shard in sorted(set(map(str, weight_map.values())))]
+        return [f"{component}/{shard}" for shard in sorted(set(names))]
 
     def load_component(self, name, dtype, variants=()):
         """The component `name` as models/components.py loads it."""

@@ -23,7 +23,7 @@ from errors import InputError
 from quant import published, registry
 from quant.entries import fingerprint, has_words, is_entry
 from quant.file_keys import by_file_key, by_weight
-from quant.files import atomic_write, load_checkpoint
+from quant.files import load_checkpoint, save_checkpoint
 from quant.memory import trim
 from quant.model import QuantizedModel
 from quant.slots import free_keys, in_part, move_boundaries
@@ -150,8 +150,7 @@ def save(model, path, prefix=""):
         "prefix": prefix,
         "slots": _with_interned_keys(by_file_key(entries, model.slots)),
     }
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    save_checkpoint(content, path)
 
 
 def _with_interned_keys(entries):

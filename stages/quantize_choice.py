@@ -13,8 +13,8 @@ from tqdm import tqdm
 from autobuild.search import best_within, decisions_of_weights, shortest_sum, spare_bytes
 from autobuild.space import SearchSpace
 from errors import InputError
+from quant.checked_files import load_content, save_content
 from quant.entries import fingerprint, fit_entry
-from quant.files import atomic_write, load_checkpoint
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import free_keys
 from stages.units import as_time
@@ -33,7 +33,9 @@ class Kept:
         """What the file holds; of other settings it is not gone on with, and refused if a `flag` named it."""
         way_out = f"name another file with {flag}, or delete it"
         try:
-            content = load_checkpoint(self.path)
+            content = load_content(self.path)
+            if content is None:
+                raise InputError("damaged, or of an earlier version")
             same = content["settings"] == self.settings
             kept = {name: dict(weights) for name, weights in content["weights"].items()}
         except (InputError, KeyError, TypeError, AttributeError, ValueError) as reason:
@@ -56,8 +58,7 @@ class Kept:
             self.save()
 
     def save(self):
-        with atomic_write(self.path) as file:
-            torch.save({"settings": self.settings, "weights": self.content}, file)
+        save_content({"settings": self.settings, "weights": self.content}, self.path)
         self.saved = time.monotonic()
 
 
