@@ -136,10 +136,7 @@ def reference_statistics(folder, extractor, device):
 
 def _cached_statistics(path):
     """None if there are none yet, or they are damaged, or do not say of how many images they are."""
-    if not path.exists():
-        return None
     stored = load_arrays(path)
     if stored is None or stored.keys() != KINDS.keys() or not are_arrays(stored, KINDS):
-        log.warning("%s: damaged, or of an earlier version; the reference's statistics are computed again", path)
         return None
     return Reference(stored["mean"], stored["covariance"], int(stored["images"]))

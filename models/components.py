@@ -180,9 +180,15 @@ def _count(keys):
 @contextlib.contextmanager
 def explained(model_id, what):
     """Loading in quiet; what a library raises is said in one line, with its own reason."""
+    with quiet_loading(), one_line(model_id, what):
+        yield
+
+
+@contextlib.contextmanager
+def one_line(model_id, what):
+    """Whatever a library raises that does not expect what it reads of a model is said in one line, with its own reason."""
     try:
-        with quiet_loading():
-            yield
+        yield
     except InputError:
         raise
     except BaseException as reason:

@@ -10,6 +10,7 @@ JSON, which people read, has its digest in the object, under DIGEST.
 import hashlib
 import io
 import json
+import logging
 import math
 import mmap
 import re
@@ -25,6 +26,7 @@ FOOTER = b"\nsha256 "
 DIGEST = "digest"
 DIGEST_DIGITS = 16  # of a JSON object's
 LARGEST_JSON_BYTES = 2**24
+log = logging.getLogger("qua2sedimo")
 HEADER = re.compile(
     rb"\{'descr': '([<|](?:b1|u1|i4|i8|f2|f4|f8))', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,80})\), \} *\n"
 )
@@ -49,12 +51,15 @@ def read(path):
     except (OSError, ValueError):  # the second of an empty file
         return None
     content, footer = mapped[: -len(FOOTER) - 64], bytes(mapped[-len(FOOTER) - 64 :])
-    return content if footer == FOOTER + hashlib.sha256(content).hexdigest().encode() else None
+    if footer != FOOTER + hashlib.sha256(content).hexdigest().encode():
+        log.warning("%s: is damaged, or not by this version of the program, and does not count", path)
+        return None
+    return content
 
 
 def save_array(array, path):
     """Write an array, as `.npy` files have it."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     write(path, header.getbuffer(), array.reshape(-1).view(np.uint8))
@@ -69,7 +74,7 @@ def load_array(path):
 def save_arrays(arrays, path):
     """Write {name: array}, as `.npz` files have it."""
     memory = io.BytesIO()
-    np.savez(memory, **{name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()})
+    np.savez(memory, **arrays)
     write(path, memory.getbuffer())
 
 

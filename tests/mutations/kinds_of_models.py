@@ -23,7 +23,8 @@ from mutations.kinds_of_runs import rewritten
 from quant import multiquantizer
 from quant.files import load_checkpoint, save_checkpoint
 from quant.packed_folder import load_packed, save_packed
-from stages import infer, sampling
+from stages import sampling
+from stages.labelling import eval_random
 from stages.quantize_card import base_header
 
 CPU = torch.device("cpu")
@@ -67,12 +68,14 @@ def read_partial(path):
 
 
 def make_packed(folder):
-    packed("tiny_dit")[0].save_pretrained(folder / "packed")
-    return folder / "packed" / "config.json"
+    packed("tiny_dit")[0].save_pretrained(folder / "packed" / "transformer")
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (folder / "packed" / "model_index.json").write_text(json.dumps(index))
+    return folder / "packed" / "transformer" / "config.json"
 
 
 def read_packed(path):
-    return type(packed("tiny_dit")[0]).from_pretrained(path.parent).state_dict()
+    return open_repository(path.parents[1]).load_component("transformer", torch.float32).state_dict()
 
 
 def make_packed_module(folder):
@@ -81,9 +84,7 @@ def make_packed_module(folder):
 
 
 def read_packed_module(path):
-    with torch.device("meta"):
-        module = type(packed("tiny_dit")[0]).from_config(dict(packed("tiny_dit")[0].config) | {"quantization_config": None})
-    return load_packed(module, path.parent).state_dict()
+    return load_packed(tiny("dit"), path.parent).state_dict()
 
 
 def make_lora(folder):
@@ -139,7 +140,7 @@ def read_pipeline(family):
     def read(path):
         """As a script does: what its flags need to know, then the denoiser, then all of it."""
         folder = str(path.parent)
-        args = infer.parse_args(family, ["--model_id", folder, "--q_config", "uniform:mse-4"])
+        args = eval_random.parse_args(family, ["--model_id", folder, "--steps", "5"])
         sampling.check_sampling(args, family, CPU)
         load_denoiser(family, folder, CPU)
         load_sampler(family, folder, CPU)
@@ -183,7 +184,7 @@ MODELS = (
         ),
         has_digest=False,
         rewrite=rewritten(load_checkpoint, save_checkpoint),
-        count=60,
+        count=30,
     ),
     Kind(
         "partial multiquantizer",
@@ -192,9 +193,9 @@ MODELS = (
         ("quant.multiquantizer._resume",),
         has_digest=False,
         rewrite=rewritten(load_checkpoint, save_checkpoint),
-        count=60,
+        count=100,
     ),
-    Kind("packed denoiser", make_packed, read_packed, (), has_digest=False, mutate=both, beside=files_of, count=20),
+    Kind("packed denoiser", make_packed, read_packed, (), has_digest=False, mutate=both, beside=files_of, count=4),
     Kind(
         "packed module",
         make_packed_module,
@@ -203,7 +204,7 @@ MODELS = (
         has_digest=False,
         mutate=both,
         beside=files_of,
-        count=20,
+        count=10,
     ),
     Kind("LoRA", make_lora, read_lora, ("models.lora._load", "models.lora.key"), mutate=both, beside=files_of),
     Kind(
@@ -217,9 +218,9 @@ MODELS = (
         ),
         mutate=both,
         beside=small_files,
-        count=15,
+        count=5,
     ),
-    Kind("SD 1.5 pipeline", make_pipeline("sdv15"), read_pipeline(SDV15), (), mutate=both, beside=small_files, count=10),
+    Kind("SD 1.5 pipeline", make_pipeline("sdv15"), read_pipeline(SDV15), (), mutate=both, beside=small_files, count=3),
     Kind(
         "single file",
         make_single_file,
@@ -228,7 +229,7 @@ MODELS = (
             *("models.single_file._read", "models.single_file.check_readable", "models.single_file._stand_ins"),
             "models.single_file._clip_tokenizer",
         ),
-        count=5,
+        count=1,
     ),
     Kind("pickled weights", make_bin, pickled_dtypes_of, ("models.components.pickled_dtypes_of",)),
     Kind(

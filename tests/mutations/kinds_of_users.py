@@ -1,5 +1,6 @@
 """Files that people make: prompts, images, configurations. What they mean nobody can check."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from evaluation.image_folder import read_rgb
 from mutations import mutate
 from mutations.kind import Kind
+from mutations.kinds_of_models import small_model
 from mutations.kinds_of_runs import at, make_labels, rewritten
 from quant.files import load_pickle, save_pickle
 from stages import prompt_files, q_config
@@ -15,7 +17,6 @@ from stages.pictures import is_whole
 from stages.quantize_images import opened
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
-ENTRIES = None  # weights alone tell which there are
 COCO = {"images": [], "annotations": [{"image_id": number, "caption": f"a red {number}"} for number in range(4)]}
 KARPATHY = {"images": [{"split": "test", "sentences": [{"raw": "a red seven"}, {"raw": "a seven"}]} for _ in range(3)]}
 TABLE = 'name,prompt\na,a red seven\nb,"two, blue"\nc,three\n'
@@ -43,22 +44,29 @@ def prompts(name, content, **more):
     )
 
 
+@functools.cache
+def slots():
+    return small_model().slots
+
+
+def make_configuration(folder):
+    save_pickle({slot.file_key: "kmeans-4" for slot in slots().values()}, folder / "config.pkl")
+    return folder / "config.pkl"
+
+
 def read_configuration(path):
     """As --q_config is read before any model is."""
-    found = q_config._from_file(str(path))
-    q_config.config.check(found, dict.fromkeys(found), str(path))
-    return found
+    return q_config.load(str(path), slots())
 
 
 def read_row(path):
     return q_config._from_file(f"{path}:best")
 
 
-CONFIGURATION = {f"model.{name}.weight_quantizer": "kmeans-4" for name in "abcdef"}
 USERS = (
     Kind(
         "configuration",
-        at("config.pkl", lambda path: save_pickle(CONFIGURATION, path)),
+        make_configuration,
         read_configuration,
         ("quant.files.load_pickle", "stages.q_config._from_file", "quant.config.read_file", "stages.q_config.key"),
         rewrite=rewritten(load_pickle, save_pickle),
@@ -73,7 +81,7 @@ USERS = (
     prompts("list.json", json.dumps(["a red seven", {"prompt": "two"}]), mutate=mutate.of_json),
     prompts("prompts.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n', mutate=mutate.of_json),
     *(
-        Kind(f"image in {name}", image(name), read_rgb, ("evaluation.image_folder.read_rgb",))
+        Kind(f"image in {name}", image(name), read_rgb, ("evaluation.image_folder.read_rgb", "evaluation.fid._pictures"))
         for name in ("x.png", "x.jpg", "x.webp", "x.gif", "x.bmp", "x.tif", "x.ppm")
     ),
     Kind("picture that was drawn", image("000.png"), is_whole, ("stages.pictures.is_whole",)),

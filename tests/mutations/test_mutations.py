@@ -131,7 +131,7 @@ def check(kind, folder, count, seed):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_few_mutations(name, tmp_path):
     kind = KINDS[name]
-    check(kind, tmp_path, max(1, kind.count // 4), SEED)
+    check(kind, tmp_path, kind.count, SEED)
 
 
 @pytest.mark.slow
