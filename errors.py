@@ -1,6 +1,7 @@
 """The one exception that scripts show as a single line instead of a traceback, and how to fit others into one."""
 
 import errno
+import reprlib
 
 NO_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS
@@ -13,6 +14,9 @@ NO_MEMORY = (
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # not every system has quotas
 
 
+RUST_PANIC = "PanicException"  # of tokenizers and safetensors: no Exception, and of no module that could be imported
+
+
 class InputError(Exception):
     """Something the user gave is wrong; the message names the file, layer or flag, and the way out."""
 
@@ -20,6 +24,20 @@ class InputError(Exception):
 def first_line(reason, limit=200):
     """The first line of an exception's message, or its type's name where it has none."""
     return (str(reason).strip() or type(reason).__name__).splitlines()[0][:limit]
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxtuple, SHORT.maxstring, SHORT.maxother = 2, 3, 3, 3, 60, 60
+
+
+def shown(value):
+    """What a user's value is called in a message: its repr, shortened however much it holds."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"  # Python refuses to write out the longest
+    try:
+        return SHORT.repr(value)
+    except (ValueError, RecursionError):  # of numbers in it
+        return f"a {type(value).__name__}"
 
 
 def system_reason(reason):

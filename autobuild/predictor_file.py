@@ -8,9 +8,10 @@ import torch
 from autobuild import space as spaces
 from autobuild.training import FOLDS, Fold
 from errors import InputError
-from quant.files import atomic_write, load_checkpoint
+from quant.checked_files import load_content, save_content
+from quant.files import load_checkpoint
 
-FORMAT, VERSION = "qua2sedimo predictor", 1
+FORMAT, VERSION = "qua2sedimo predictor", 2
 ARRAYS = ("fp_bytes", "size_bytes", "errors")
 
 
@@ -29,19 +30,15 @@ def save(path, space, key, told, folds):
     content |= {name: torch.from_numpy(getattr(space, name)) for name in ARRAYS}
     content["precision_bits"] = space.precision_bits
     content["folds"] = {number: fold._asdict() for number, fold in folds.items()}
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    save_content(content, path)
 
 
 def load_folds(path, key):
     """The folds {number: Fold} that a run with the same key has trained; none if there is no such file."""
-    if not path.exists():
+    content = load_content(path)
+    if not _is_predictor(content) or content["key"] != key:
         return {}
-    try:
-        content = _read(path)
-    except InputError:  # damaged, or something else: trained anew
-        return {}
-    return {number: Fold(**fold) for number, fold in content["folds"].items()} if content["key"] == key else {}
+    return {number: Fold(**fold) for number, fold in content["folds"].items()}
 
 
 def load(path, family):
@@ -60,9 +57,30 @@ def load(path, family):
 
 
 def _read(path):
-    content = load_checkpoint(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = load_content(path)
+    if content is None:
+        load_checkpoint(path)  # says what is wrong with files that are none
+        raise InputError(
+            f"{path}: is not a predictor, damaged, or of an earlier version; train it again by train_predictor.py"
+        )
+    if not _is_predictor(content):
         raise InputError(f"{path}: is not a predictor; make one with train_predictor.py")
-    if content["version"] != VERSION:
-        raise InputError(f"{path}: has version {content['version']}, this program reads {VERSION}; train it again")
     return content
+
+
+def _is_predictor(content):
+    """Whether it is what `save` writes, of this version."""
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        return False
+    folds, arrays = content.get("folds"), [content.get(name) for name in ARRAYS]
+    return (
+        all(isinstance(content.get(name), str) for name in ("family", "key"))
+        and all(isinstance(content.get(name), kind) for name, kind in (("weights", list), ("told", dict)))
+        and all(map(torch.is_tensor, arrays))
+        and isinstance(folds, dict)
+        and all(number in range(FOLDS) and _is_fold(each) for number, each in folds.items())
+    )
+
+
+def _is_fold(content):
+    return isinstance(content, dict) and content.keys() == set(Fold._fields) and isinstance(content["state"], dict)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from autobuild import graph
-from errors import InputError
+from errors import InputError, shown
 from models.families import FAMILIES
 from quant import multiquantizer
 from quant.entries import fitted
@@ -146,4 +146,4 @@ def check_keys(rows, keys, family, name):
         method = next((value[0] for value in row["config"].values() if value[0] not in NUMBER), None)
         if method:
             known = f"the search space has {', '.join(NAMES)}"
-            raise InputError(f"{name}: row {number} has the unknown method {method!r}; {known}")
+            raise InputError(f"{name}: row {number} has the unknown method {shown(method)}; {known}")

@@ -5,7 +5,9 @@ small to be split. Of what a fold is trained on, an eighth decides which epoch's
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import NamedTuple
 
@@ -134,13 +136,18 @@ def train(setup, keep=lambda number, fold: None, done=None):
     progress = tqdm(total=FOLDS * setup.epochs, initial=len(folds) * setup.epochs, desc=f"{FOLDS} folds", unit="epoch")
     with progress, ProcessPoolExecutor(workers, context, _start, (setup, epochs)) as pool:
         waiting = {pool.submit(_train_fold, number): number for number in left}
-        while waiting:
-            ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for each in ended:
-                number = waiting.pop(each)
-                folds[number] = each.result()
-                keep(number, folds[number])
-            progress.update(epochs.value + (FOLDS - len(left)) * setup.epochs - progress.n)
+        try:
+            while waiting:
+                ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for each in ended:
+                    number = waiting.pop(each)
+                    folds[number] = each.result()
+                    keep(number, folds[number])
+                progress.update(epochs.value + (FOLDS - len(left)) * setup.epochs - progress.n)
+        except BaseException:  # an interrupt too: the pool would wait until the folds at work are done
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return folds
 
 
@@ -149,6 +156,14 @@ def _start(setup, epochs):
     global _setup, _epochs_done
     _setup, _epochs_done = setup, epochs
     torch.set_num_threads(1)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent):
+    """End this process once its parent has ended, however: nobody would take its fold."""
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _train_fold(number):

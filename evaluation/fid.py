@@ -4,12 +4,9 @@ Another extractor of features may take the Inception network's place, through cl
 `name`, of what is cached; `resize`, of an image, None for clean-fid's own; and `model`, from a batch to its features.
 """
 
-import contextlib
 import itertools
 import logging
 import platform
-import zipfile
-import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +24,8 @@ from tqdm import tqdm
 from errors import InputError, first_line
 from evaluation.constant_images import is_constant, say_constant
 from evaluation.image_folder import folder_key, image_files, read_rgb
-from quant.files import atomic_write, cache_folder
+from quant.checked_files import are_arrays, load_arrays, save_arrays
+from quant.files import cache_folder
 
 log = logging.getLogger("qua2sedimo")
 
@@ -109,6 +107,9 @@ def distance(features, reference):
     return float(clean_fid.frechet_distance(*statistics(features), *reference[:2]))
 
 
+KINDS = {"mean": ("f", 1), "covariance": ("f", 2), "images": ("i", 0)}  # of a Reference's arrays
+
+
 class Reference(NamedTuple):
     """Statistics of a folder of real images."""
 
@@ -128,15 +129,14 @@ def reference_statistics(folder, extractor, device):
         if len(features) < 2:
             raise InputError(f"{folder}: one image has no spread to compare with; FID needs many")
         reference = Reference(*statistics(features), len(features))
-        with atomic_write(path) as file:
-            np.savez(file, **reference._asdict())
+        save_arrays(reference._asdict(), path)
     log.info("reference: %d images of %s", reference.images, folder)
     return reference
 
 
 def _cached_statistics(path):
     """None if there are none yet, or they are damaged, or do not say of how many images they are."""
-    unusable = contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-    with unusable, np.load(path, allow_pickle=False) as stored:
-        return Reference(stored["mean"], stored["covariance"], int(stored["images"]))
-    return None
+    stored = load_arrays(path)
+    if stored is None or stored.keys() != KINDS.keys() or not are_arrays(stored, KINDS):
+        return None
+    return Reference(stored["mean"], stored["covariance"], int(stored["images"]))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from errors import InputError
+from quant.checked_files import is_number
 from quant.files import load_pickle, save_pickle
 
 ROW_NUMBERS = ("quantized_size", "avg_bits", "quantized_error", "FID-GT-1k", "bops")
@@ -34,9 +35,16 @@ def is_row(row):
     """Whether `row`, read from a file, is a labelled configuration."""
     return (
         isinstance(row, dict)
-        and all(isinstance(row.get(name), int | float) for name in ROW_NUMBERS)
+        and all(is_number(row.get(name)) for name in ROW_NUMBERS)
         and isinstance(row.get("config"), dict)
-        and all(isinstance(value, list) and len(value) == 4 for value in row["config"].values())
+        and all(isinstance(key, str) and _is_choice(value) for key, value in row["config"].items())
+    )
+
+
+def _is_choice(value):
+    """Whether it is a weight's [method, FP bytes, quantized bytes, error]."""
+    return (
+        isinstance(value, list) and len(value) == 4 and isinstance(value[0], str | None) and all(map(is_number, value[1:]))
     )
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import CLIPModel, CLIPProcessor
 
 from errors import InputError, first_line
-from models.components import quiet_loading
+from models.components import one_line, quiet_loading
 from models.repository import why_not_fetched
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
@@ -51,9 +51,10 @@ def _fetch(model_id, wrong):
 
 def _from_folder(folder, wrong, way_out):
     try:
-        return _from_pretrained(folder)
-    except Exception as reason:  # damaged files raise many types
-        raise InputError(f"{wrong} ({first_line(reason)}); {way_out}") from None
+        with one_line(folder, "CLIP model"):
+            return _from_pretrained(folder)
+    except InputError as reason:
+        raise InputError(f"{wrong} ({first_line(reason.__cause__ or reason)}); {way_out}") from None
 
 
 def _from_pretrained(folder):

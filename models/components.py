@@ -2,16 +2,15 @@
 
 import contextlib
 import errno
-import pickle
 import re
-import struct
 
 import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from errors import InputError, first_line
+from errors import RUST_PANIC, InputError, first_line, lacks_memory
+from quant.files import load_checkpoint
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS = ("transformer", "unet", "prior")
@@ -20,10 +19,7 @@ ADAPTER = re.compile(r"\b(lora_(A|B|up|down|unet|te\d?)|base_layer|hada_w\d|lokr
 UNREAD = re.compile(r"(^|\.)(pooler\.|position_ids$)")
 QUANTIZED_HERE = "qua2sedimo"  # what the configuration of a denoiser says that this program has packed (quant/pretrained.py)
 LOW_BIT = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8"}
-NOT_LOADED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, ImportError, IndexError),
-    *(AssertionError, NotImplementedError, pickle.UnpicklingError, struct.error, SafetensorError),
-)
+LOW_BIT_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 
 
 def load_component(repository, name, dtype, variants=()):
@@ -113,12 +109,10 @@ def refuse_quantized(repository, name):
 
 
 def check_float(folder, files, name):
-    """InputError if the weights in safetensors files are of no floating-point type that quantizers are fitted to."""
-    if not files.safetensors:
-        return
+    """InputError if the weights are of no floating-point type that quantizers are fitted to."""
     for file in files.names:
         try:
-            kinds = dtypes_of(folder / file)
+            kinds = dtypes_of(folder / file) if files.safetensors else pickled_dtypes_of(folder / file)
         except (OSError, SafetensorError) as reason:
             raise InputError(
                 f"{folder / file} ({name}): damaged, not a whole .safetensors file ({first_line(reason)}); fetch it again"
@@ -134,6 +128,18 @@ def dtypes_of(path):
     """{key: name of its type} of a safetensors file."""
     with safe_open(path, framework="pt") as weights:
         return {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (no dict)
+
+
+def pickled_dtypes_of(path):
+    """{key: name of its type} of the matrices and kernels in a pickled file of weights."""
+    content = load_checkpoint(path, lazily=True)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no weights by name; fetch it again")
+    return {
+        key: LOW_BIT_DTYPES.get(tensor.dtype, "")
+        for key, tensor in content.items()
+        if torch.is_tensor(tensor) and tensor.ndim > 1
+    }
 
 
 def check_keys(where, module, report):
@@ -174,12 +180,20 @@ def _count(keys):
 @contextlib.contextmanager
 def explained(model_id, what):
     """Loading in quiet; what a library raises is said in one line, with its own reason."""
+    with quiet_loading(), one_line(model_id, what):
+        yield
+
+
+@contextlib.contextmanager
+def one_line(model_id, what):
+    """Whatever a library raises that does not expect what it reads of a model is said in one line, with its own reason."""
     try:
-        with quiet_loading():
-            yield
-    except torch.OutOfMemoryError:
+        yield
+    except InputError:
         raise
-    except NOT_LOADED as reason:
+    except BaseException as reason:
+        if lacks_memory(reason) or not (isinstance(reason, Exception) or type(reason).__name__ == RUST_PANIC):
+            raise
         raise InputError(why_not_loaded(model_id, what, reason)) from reason
 
 

@@ -18,8 +18,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from errors import InputError, first_line
-from models.components import DENOISERS, TEXT_ENCODERS
+from errors import InputError, first_line, shown
+from models.components import DENOISERS, TEXT_ENCODERS, one_line
 from models.repository import not_fetched
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -31,6 +31,7 @@ KIND = re.compile(
     r"\.(?:lora_([AB])(?:\.\w+)?\.weight|(?:lora_linear_layer\.|lora\.)?(down|up)\.weight|lora_(down|up)\.weight|alpha)$"
 )
 OLD_PROJECTION = re.compile(r"\.(?:processor\.)?(to_[qkv]|to_out)_lora\.")
+PLAIN_PATTERN = re.compile(r"[\w.^$|*\\-]{1,200}")  # of alpha_pattern: nothing that takes long to match
 PROJECTIONS = {"to_out": "to_out.0"}
 TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -105,11 +106,14 @@ def fuse(loras, components, pipeline_class_name, configurations):
     """
     updates = {}
     for lora in loras:
-        for (component, path), update in read(lora, pipeline_class_name, configurations).items():
+        with one_line(lora.path, "adapter"):
+            found = read(lora, pipeline_class_name, configurations)
+        for (component, path), update in found.items():
             if component in components:
                 updates.setdefault((component, path), []).append((lora, update))
     for (component, path), several in updates.items():
-        _fuse_weight(components[component], component, path, several)
+        with one_line(" or ".join(str(lora.path) for lora, _ in several), "adapter"):
+            _fuse_weight(components[component], component, path, several)
 
 
 @torch.no_grad()
@@ -172,8 +176,10 @@ def _load(path):
     if beside.is_file() and path.name == NAMES[1]:
         try:
             metadata = json.loads(beside.read_text())
-        except ValueError as reason:
+        except (ValueError, RecursionError) as reason:
             raise InputError(f"{beside}: not readable JSON ({first_line(reason)})") from None
+        if not isinstance(metadata, dict):
+            raise InputError(f"{beside}: not a JSON object")
         if metadata.get("use_dora") or metadata.get("peft_type", "LORA") != "LORA":
             raise InputError(f"{beside}: not of a plain LoRA; merge it into the model with the program that made it")
     return state, metadata
@@ -228,6 +234,8 @@ def _factor(path, rank, alpha, metadata, component):
     if alpha is None:
         alpha = said.get("lora_alpha") or rank
         for pattern, value in (said.get("alpha_pattern") or {}).items():
+            if not PLAIN_PATTERN.fullmatch(pattern):
+                raise InputError(f"{component}: the adapter's alpha_pattern {shown(pattern)} is none that is read here")
             if re.search(rf"(^|\.)(?:{pattern.lstrip('^')})$", path):
                 alpha = value
     return alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)

@@ -3,6 +3,7 @@
 Text encoders are loaded, asked and released before what draws is loaded: on a device that holds either, both need not fit.
 """
 
+import functools
 import gc
 import inspect
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from errors import InputError, first_line
 from models import facts, lora, schedulers
-from models.components import TEXT_ENCODERS, component_class, explained, quiet_loading, refuse_quantized
+from models.components import TEXT_ENCODERS, component_class, explained, one_line, quiet_loading, refuse_quantized
 from models.inputs import map_tensors, prompt_argument
 from models.listening import first_call, latents_taken, until_latents
 from models.repository import Repository
@@ -204,6 +205,18 @@ def height_width(resolution):
     return int(height), int(width or height)
 
 
+def _in_one_line(load):
+    """A loader of (family, model_id, ...) that says in one line what a library does not expect of the model's files."""
+
+    @functools.wraps(load)
+    def told(family, model_id, *others, **named):
+        with one_line(model_id, "pipeline"):
+            return load(family, model_id, *others, **named)
+
+    return told
+
+
+@_in_one_line
 def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, place=True):
     """The family's pipeline on `device`, weights in the family's precision, its sampler set.
 
@@ -223,6 +236,7 @@ def load_sampler(family, model_id, device, extras=PLAIN, text_encoders=True, pla
     return _ready(Sampler(family, pipeline, refiner, extras), device, place)
 
 
+@_in_one_line
 def load_encoder(family, model_id, device, extras=PLAIN):
     """The family's pipelines with their text encoders alone: a Sampler that can `encode` and nothing else."""
     source, embedded = model_of(family, model_id), is_embedded(family, model_id)
@@ -321,6 +335,7 @@ def _description(source, name, dtype):
     return SimpleNamespace(config=SimpleNamespace(**known | source.config(name)), dtype=dtype)
 
 
+@_in_one_line
 def load_denoiser(family, model_id, device, loras=()):
     """The family's float denoiser alone, without text encoders and autoencoder, in the family's precision."""
     source = model_of(family, model_id)

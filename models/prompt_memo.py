@@ -11,11 +11,10 @@ import inspect
 import torch
 from tqdm import tqdm
 
-from errors import InputError
 from models.components import TEXT_ENCODERS
 from models.listening import StandIn
 from models.pipelines import ANY_PROMPT
-from quant.files import atomic_write, load_checkpoint
+from quant.checked_files import load_content, save_content
 
 
 class PromptMemo:
@@ -106,16 +105,20 @@ def encode_prompts(sampler, prompts, guidance, resolution):
 
 def save(embeddings, path, key):
     """Write what `encode_prompts` returned; `key` says what it depends on: model, prompts, guidance."""
-    with atomic_write(path) as file:
-        torch.save({"key": key, "embeddings": embeddings}, file)
+    save_content({"key": key, "embeddings": embeddings}, path)
 
 
 def load(path, key):
     """What `save` wrote under the same key; None if that is not there, or damaged."""
-    if not path.exists():
-        return None
-    try:
-        content = load_checkpoint(path)
-    except InputError:  # damaged: made anew
-        return None
-    return content["embeddings"] if isinstance(content, dict) and content.get("key") == key else None
+    content = load_content(path)
+    known = isinstance(content, dict) and content.get("key") == key and _are_embeddings(content.get("embeddings"))
+    return content["embeddings"] if known else None
+
+
+def _are_embeddings(content):
+    """Whether it is what `encode_prompts` returns: [{name: [tensor or None, ...]}]."""
+    return isinstance(content, list) and all(
+        isinstance(known, dict)
+        and all(isinstance(each, list) and all(t is None or torch.is_tensor(t) for t in each) for each in known.values())
+        for known in content
+    )

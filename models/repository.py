@@ -49,7 +49,11 @@ class Repository:
     @property
     def index(self):
         """What `model_index.json` says: the pipeline's class and its components, {name: [library, class]}."""
-        return self.read_json(INDEX)
+        content = self.read_json(INDEX)
+        for name, value in content.items():
+            if isinstance(value, list) and not (len(value) == 2 and all(isinstance(each, str | None) for each in value)):
+                raise InputError(f"{self.folder / INDEX}: its {name} is no [library, class]; fetch it again")
+        return content
 
     def config(self, component):
         """The configuration of a model or scheduler of the pipeline; {} where it has none."""
@@ -62,7 +66,7 @@ class Repository:
             content = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(self.missing(name)) from None
-        except (OSError, ValueError) as reason:
+        except (OSError, ValueError, RecursionError) as reason:
             raise InputError(f"{self.folder / name}: not readable JSON ({first_line(reason)})") from None
         if not isinstance(content, dict):
             raise InputError(f"{self.folder / name}: not a JSON object")
@@ -102,9 +106,10 @@ class Repository:
 
     def _shards(self, component, index):
         weight_map = self.read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise InputError(f"{self.folder / index}: names no shards; fetch it again")
-        return [f"{component}/{shard}" for shard in sorted(set(map(str, weight_map.values())))]
+        return [f"{component}/{shard}" for shard in sorted(set(names))]
 
     def load_component(self, name, dtype, variants=()):
         """The component `name` as models/components.py loads it."""

@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from errors import InputError, first_line
-from models.components import ADAPTER, NOT_LOADED, UNREAD, adapter_message, component_class, explained
+from models.components import ADAPTER, UNREAD, adapter_message, component_class, explained
 from models.repository import INDEX, open_repository
 
 SD1_FOLDER = Path(__file__).parent / "ldm" / "stable-diffusion-v1"
@@ -239,7 +239,7 @@ def _clip_tokenizer(config):
     """
     text_encoder = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
     folder = config / "tokenizer"
-    with contextlib.suppress(*NOT_LOADED):
+    with contextlib.suppress(Exception):  # as many types as damaged files have
         found = folder if folder.is_dir() else snapshot_download(SD1_TOKENIZER, allow_patterns=["*.json", "merges.txt"])
         tokenizer = CLIPTokenizer.from_pretrained(found, model_max_length=text_encoder.max_position_embeddings)
         if len(tokenizer) == text_encoder.vocab_size:

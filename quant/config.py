@@ -5,7 +5,7 @@ In files the keys are those of quant/file_keys.py; `load` gives weights' own key
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, shown
 from quant.entries import fitted
 from quant.file_keys import by_file_key, by_weight, file_ties, tied_file_key
 from quant.files import load_pickle, save_pickle
@@ -55,7 +55,7 @@ def check(configuration, ties, name="configuration"):
         raise InputError(f"{name}: {len(missing)} of {len(ties)} keys are missing, first {missing[0]}")
     for key, method in configuration.items():
         if not _is_known(method):
-            raise InputError(f"{name}: unknown method {method!r} for {key}; {POSSIBLE}")
+            raise InputError(f"{name}: unknown method {shown(method)} for {key}; {POSSIBLE}")
     for key, tie in ties.items():
         if configuration[key] != configuration[tie]:
             raise InputError(

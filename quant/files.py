@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from errors import InputError, first_line, system_reason
+from quant import plain_pickle
+from quant.leftovers import hold, remove_leftovers_once, temporary_file, temporary_folder
 
-TEMPORARY = ".tmp"
 PROBE_BYTES = 2**20
 log = logging.getLogger("qua2sedimo")
 
@@ -26,14 +27,17 @@ def atomic_write(path):
     path, temporary = Path(path), None
     try:
         _reach(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=TEMPORARY)
+        remove_leftovers_once(path.parent)
+        handle, temporary = temporary_file(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # file systems without modes
-            os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+            if not hold(file.fileno()):  # Windows renames no open file
+                file.close()
+            with contextlib.suppress(OSError):  # file systems without modes
+                os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as reason:
         refused = system_error(reason, temporary)
@@ -42,6 +46,36 @@ def atomic_write(path):
         if refused is None:
             raise
         raise InputError(f"{_unwritten(path, refused)}; what was there before is kept") from reason
+
+
+@contextlib.contextmanager
+def atomic_folder(path, is_whole):
+    """A new folder that takes the place of `path` once it is filled, unless what is there by then `is_whole(path)`.
+
+    Other processes that make the same folder meanwhile are not disturbed: the first one's stays. InputError, naming it.
+    """
+    path = Path(path)
+    try:
+        _reach(path)
+        remove_leftovers_once(path.parent)
+        with temporary_folder(path) as new:
+            yield new
+            os.chmod(new, 0o777 & ~_umask())
+            _sync_folder(new)
+            _put_folder(new, path, is_whole)
+        _sync_folder(path.parent)
+    except OSError as reason:
+        raise InputError(_unwritten(path, reason)) from reason
+
+
+def _put_folder(new, path, is_whole):
+    with contextlib.suppress(OSError):  # no folder is renamed to one that has something in it
+        os.rename(new, path)
+        return
+    if not is_whole(path):
+        with temporary_folder(path) as old:
+            os.rename(path, old / path.name)
+            os.rename(new, path)
 
 
 def check_writable(path):
@@ -100,7 +134,7 @@ def cache_folder():
     Where there is no home, or it cannot be written to, a folder among the temporary files, which is said.
     """
     chosen = os.environ.get("QUA2SEDIMO_CACHE")
-    return Path(chosen) if chosen else _own_cache_folder()
+    return Path(chosen) if chosen and chosen.strip() else _own_cache_folder()
 
 
 @functools.cache
@@ -116,31 +150,18 @@ def _own_cache_folder():
     return folder
 
 
-def remove_leftovers(folder):
-    """Delete what writers that were killed have left below `folder`, where nothing else is writing."""
-    for path in Path(folder).rglob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
-
-
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, numbers and strings, which need no imports, and nothing else."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain Python data is read")
-
-
 def load_pickle(path):
     """The plain Python data in the pickle at `path`; anything else in it is refused unexecuted."""
     _check_is_file(path)
     try:
-        return _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except Exception as reason:  # a damaged pickle can raise almost anything
+        return plain_pickle.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as reason:
         raise InputError(f"{path}: not a readable pickle ({first_line(reason)})") from None
 
 
@@ -166,6 +187,17 @@ def save_png(image, path):
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with atomic_write(path) as file:
         image.save(file, "PNG")
+
+
+def save_checkpoint(content, path):
+    """Write tensors, numbers and strings as a torch file, whole or not at all; see `atomic_write` for errors.
+
+    They are written to memory first: of an interrupt in the midst of it torch's writer would make an error of its own.
+    """
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    with atomic_write(path) as file:
+        file.write(memory.getbuffer())
 
 
 def load_checkpoint(path, lazily=False):

@@ -26,7 +26,7 @@ from quant import published, registry
 from quant.digests import digest_of
 from quant.entries import fingerprint, has_words, is_entry
 from quant.file_keys import by_file_key, by_weight
-from quant.files import atomic_write, load_checkpoint
+from quant.files import load_checkpoint, save_checkpoint
 from quant.memory import trim
 from quant.model import QuantizedModel
 from quant.slots import free_keys, in_part, move_boundaries
@@ -160,8 +160,7 @@ def save(model, path, prefix=""):
         "prefix": prefix,
         "slots": _with_interned_keys(by_file_key(entries, model.slots)),
     }
-    with atomic_write(path) as file:
-        torch.save(with_digests(content), file)
+    save_checkpoint(with_digests(content), path)
 
 
 def with_digests(content):

@@ -15,7 +15,8 @@ from models.families import PUBLISHED_CONFIGS
 from models.pipelines import defaults, has_bfloat16_units, is_embedded, model_of, pick_device
 from quant import config, layers
 from quant.activations import ACT_BITS, set_activation_bits
-from quant.files import remove_leftovers, save_png
+from quant.files import save_png
+from quant.leftovers import remove_leftovers
 from quant.packed_state import size_of
 from stages import multi_chkpt, q_config
 from stages.common import at_least, in_precision, log, parser_for, utf8

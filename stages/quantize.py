@@ -20,7 +20,7 @@ from models import any_pipeline as pipelines
 from models.components import quiet_loading, refuse_quantized
 from models.pipelines import pick_device
 from quant import config
-from quant.files import remove_leftovers
+from quant.leftovers import remove_leftovers
 from quant.memory import return_free_memory
 from quant.model import QuantizedModel
 from quant.registry import SEARCH_SPACE, quantizer

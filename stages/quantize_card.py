@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import yaml
 
-from errors import InputError
 from models.inputs import prompt_argument
 from stages.units import as_size
 
@@ -63,7 +62,7 @@ def base_header(base):
         base.fetch(["README.md"])
         text = (base.folder / "README.md").read_text(encoding="utf-8")
         header = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else {}
-    except (InputError, OSError, ValueError, IndexError, yaml.YAMLError):
+    except Exception:  # as many types as of the values that YAML may hold
         return {}
     return header if isinstance(header, dict) else {}
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from autobuild.search import best_within, decisions_of_weights, shortest_sum, spare_bytes
 from autobuild.space import SearchSpace
 from errors import InputError
-from quant.entries import fingerprint, fit_entry
-from quant.files import atomic_write, load_checkpoint
+from quant.checked_files import load_content, save_content
+from quant.entries import fingerprint, fit_entry, is_entry
 from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import free_keys
 from stages.units import as_time
@@ -33,7 +33,9 @@ class Kept:
         """What the file holds; of other settings it is not gone on with, and refused if a `flag` named it."""
         way_out = f"name another file with {flag}, or delete it"
         try:
-            content = load_checkpoint(self.path)
+            content = load_content(self.path)
+            if content is None:
+                raise InputError("damaged, or of an earlier version")
             same = content["settings"] == self.settings
             kept = {name: dict(weights) for name, weights in content["weights"].items()}
         except (InputError, KeyError, TypeError, AttributeError, ValueError) as reason:
@@ -47,7 +49,8 @@ class Kept:
     def get(self, name, slot, mark):
         """What is known of a slot's weight; None if nothing is, or it was another weight."""
         found = self.content.get(name, {}).get(slot.file_key)
-        return found[1] if found is not None and found[0] == mark else None
+        is_pair = isinstance(found, list | tuple) and len(found) == 2
+        return found[1] if is_pair and found[0] == mark else None
 
     def put(self, name, slot, mark, known):
         """Keep what is known of a slot's weight; it is written now and then, and by `save`."""
@@ -56,8 +59,7 @@ class Kept:
             self.save()
 
     def save(self):
-        with atomic_write(self.path) as file:
-            torch.save({"settings": self.settings, "weights": self.content}, file)
+        save_content({"settings": self.settings, "weights": self.content}, self.path)
         self.saved = time.monotonic()
 
 
@@ -78,7 +80,7 @@ def _fit_one(model, name, key, words, kept, device):
     weight = model.weight(key)
     mark = fingerprint(weight)
     entry = kept.get(name, model.slots[key], mark)
-    if entry is None or not set(words) <= entry["parameters"].keys():
+    if not is_entry(entry) or not set(words) <= entry["parameters"].keys():
         try:
             entry = fit_entry(weight.to(device), words)
         except ValueError as reason:

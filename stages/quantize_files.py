@@ -9,7 +9,8 @@ from pathlib import Path
 from errors import InputError, system_reason
 from models.any_pipeline import plain_name
 from models.repository import INDEX
-from quant.files import TEMPORARY, system_error
+from quant.files import system_error
+from quant.leftovers import TEMPORARY
 from stages.run_lock import LOCK, PID
 from stages.units import as_size
 

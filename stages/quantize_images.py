@@ -44,7 +44,7 @@ def opened(name, value):
         return value
     try:
         return Image.open(value).convert("RGB")
-    except (OSError, ValueError) as reason:
+    except Exception as reason:  # as many types as there are formats
         raise InputError(f"--call {name}={value}: cannot be read as a picture ({first_line(reason)})") from None
 
 
@@ -93,7 +93,7 @@ def draw_missing(pipeline, wanted, folder, title, settings):
 
 def prepared(folder, count, settings):
     """The paths of a folder's pictures, which is emptied if they were drawn by other settings."""
-    if not (folder / SETTINGS).is_file() or (folder / SETTINGS).read_text() != settings:
+    if not (folder / SETTINGS).is_file() or (folder / SETTINGS).read_bytes() != settings.encode():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save_text(settings, folder / SETTINGS)

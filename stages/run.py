@@ -8,18 +8,20 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
+from pathlib import Path
 
-from errors import InputError, first_line, lack_of_memory, system_reason
+from errors import RUST_PANIC, InputError, first_line, lack_of_memory, system_reason
 from stages.flags import Flags
 
 DEBUG = "--debug"
-BROKEN_PIPE = 141  # exit code, as shells have it
-RUST_PANIC = "PanicException"  # of tokenizers and safetensors: no Exception, and of no module that could be imported
+BROKEN_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143  # exit codes, as shells have them
 # What makes a run take less memory, in the order in which to try it: flag, how it is said, values that are it already.
 LESS_MEMORY = (
     ("--batch_size", "a smaller --batch_size", (1,)),
@@ -34,6 +36,13 @@ LESS_MEMORY = (
 TAKE_HOST_MEMORY = ("--offload", "--device")  # instead of a device's
 
 
+def path(text):
+    """Type of a flag that names a file or folder: an empty name, as of a variable that is not set, is none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line, as every other bad input is said."""
 
@@ -42,11 +51,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.register("type", Path, path)
         self.add_argument(
             DEBUG, action="store_true", default=argparse.SUPPRESS, help="where a run ends in an error, show where it is from"
         )
 
     def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                self.error(f"{word!a}: is not UTF-8, as what this program writes is; rename it, or set a UTF-8 locale")
         parsed, left = super().parse_known_args(args, namespace)
         vars(parsed).pop(DEBUG.strip("-"), None)  # `run_main` sees to it, and nothing depends on it
         OneLineParser.latest, self.flags = self, Flags(vars(parsed))
@@ -77,9 +92,11 @@ def run_script(stage, *family_names):
 def run_main(main):
     """Run a script; what ends it is one line and exit code 2, with --debug a traceback before; Ctrl-C is 130.
 
-    A reader of its output that goes away ends it quietly.
+    SIGTERM, which Slurm and Kubernetes send before they kill, ends it in the same order, with 143. A reader of its output
+    that goes away ends it quietly.
     """
     start = time.monotonic()
+    heed_sigterm()
     settle_streams()
     silence()
     try:
@@ -92,7 +109,7 @@ def run_main(main):
     except KeyboardInterrupt as stop:
         way_on = stop.args[0] if stop.args else "the same command goes on"
         print(f"stopped after {time.monotonic() - start:.0f} s; {way_on}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
     except BaseException as reason:
         if not isinstance(reason, Exception) and type(reason).__name__ != RUST_PANIC:
             raise
@@ -100,6 +117,21 @@ def run_main(main):
             show_whole(reason)
         print(f"error: {explanation(reason)}", file=sys.stderr)
         sys.exit(2)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: whatever saves and ends in order at Ctrl-C does so now."""
+
+
+def heed_sigterm():
+    """Have SIGTERM raise Terminated in this process, once: those that come while it ends do nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(_signal, _frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def silence():

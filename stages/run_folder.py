@@ -46,6 +46,16 @@ def start_log(folder):
     logging.raiseExceptions = False  # a full disk: the run ends by itself where a result cannot be kept
 
 
+LARGEST_SETTINGS_BYTES = 2**20
+
+
+def _is_plain(item):
+    """Whether a name and its value, from a file, are as flags are: a text, number or the like, or a list of them."""
+    name, value = item
+    values = value if isinstance(value, list) else [value]
+    return isinstance(name, str) and all(isinstance(each, str | int | float | None) for each in values)
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes strings in quotes, unless they are plain words, so that no reader takes one for anything else."""
 
@@ -80,9 +90,10 @@ def save_settings(flags, path):
 def read_settings(path):
     """The Flags that a run was started with, as `save_settings` wrote them: data, in which nothing is looked up."""
     try:
-        settings = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError):
+        text = path.read_bytes()
+        settings = yaml.safe_load(text) if len(text) <= LARGEST_SETTINGS_BYTES else None
+    except Exception:  # of damaged YAML as many types as of the values that it may hold
         settings = None
-    if not isinstance(settings, dict) or "seed" not in settings:
+    if not isinstance(settings, dict) or "seed" not in settings or not all(map(_is_plain, settings.items())):
         raise InputError(f"{path}: damaged; move it and the labels beside it away, or give another --outdir")
     return Flags(settings)

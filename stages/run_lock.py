@@ -39,6 +39,15 @@ def locked(folder):
             log.warning("%s: cannot be locked (%s); its %s says who is at work here", folder, refusal, PID)
             stack.enter_context(_held_by_file(folder / PID))
         yield
+        if not _is_still_there(file, folder / LOCK):
+            raise InputError(f"{folder}: was deleted, moved or replaced while this run wrote to it; run it again")
+
+
+def _is_still_there(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file, folder):

@@ -1,13 +1,14 @@
 """What the stages that make images share: the flags of sampling, what they are by default, and the sampler they ask for."""
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
 import constants
 from errors import InputError
 from models import schedulers
-from models.components import check_plain, refuse_quantized
+from models.components import check_plain, one_line, refuse_quantized
 from models.drawing import BatchSize, SamplingSettings
 from models.embedded.captions import subject_prompts
 from models.facts import native_pixels, num_classes, open_model, own_scheduler
@@ -103,6 +104,18 @@ def resolution(text):
     return height if height == width else f"{height}x{width}"
 
 
+def of_model(function):
+    """A function of (flags, family, ...) that says in one line what it does not expect of the model's small files."""
+
+    @functools.wraps(function)
+    def told(args, *others, **named):
+        with one_line(args.model_id, "configuration"):
+            return function(args, *others, **named)
+
+    return told
+
+
+@of_model
 def complete_sampling(args, family, guidance="guidance"):
     """Flags of sampling {name: value}, those left out filled from what is known of the model, and what they lead to.
 
@@ -165,6 +178,7 @@ def _steps_and_guidance(args, row, guidance, few_step):
     return {"steps": args.steps or own_steps, "guidance": own_scale if args.guidance is None else args.guidance}
 
 
+@of_model
 def check_sampling(args, family, device, packed=False):
     """InputError if a flag is not for this model, as its small files tell, or not for the device; or the model is quantized
     already, unless it may be `packed` by this program.

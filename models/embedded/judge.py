@@ -6,10 +6,11 @@ They stand in for the Inception network, which knows nothing of digits, and for 
 import hashlib
 
 import numpy as np
+from PIL import Image
 
 from models.embedded.classifier import load_classifier
 from models.embedded.digits import reference_pictures
-from quant.files import cache_folder, save_png
+from quant.files import atomic_folder, cache_folder
 
 
 class DigitFeatures:
@@ -27,15 +28,31 @@ class DigitFeatures:
 
 
 def digit_reference_folder():
-    """A folder with the real digits as PNG files, drawn on first use."""
+    """A folder with the real digits as PNG files, drawn on first use, and again if they are damaged."""
     pictures = reference_pictures()
     digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
     folder = cache_folder() / f"digits-{digest}"
-    complete = folder.with_name(f"{folder.name}.complete")  # beside it: in it are images alone
-    if not complete.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "complete").unlink(missing_ok=True)  # where it was in earlier versions
-        for index, picture in enumerate(pictures):
-            save_png(picture, folder / f"{index:04d}.png")
-        complete.touch()
+    if not _holds(folder, pictures):
+        with atomic_folder(folder, lambda path: _holds(path, pictures)) as new:
+            for index, picture in enumerate(pictures):
+                Image.fromarray(picture).save(new / f"{index:04d}.png")
     return folder
+
+
+def _holds(folder, pictures):
+    """Whether a folder has the PNG files of the pictures, and nothing else."""
+    names = {f"{index:04d}.png" for index in range(len(pictures))}
+    try:
+        if {path.name for path in folder.iterdir()} != names:
+            return False
+        return all(map(_is_picture, (folder / name for name in sorted(names)), pictures))
+    except OSError:
+        return False
+
+
+def _is_picture(path, picture):
+    try:
+        with Image.open(path) as image:
+            return np.array_equal(np.asarray(image), picture)
+    except Exception:  # of damaged files many types
+        return False

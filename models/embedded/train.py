@@ -27,7 +27,7 @@ from models.embedded.digits import draw, load_scans, random_pairs
 from models.embedded.text_encoders import load_text_encoder, train_text_encoder
 from models.inputs import prompt_argument
 from models.listening import first_call
-from quant.files import atomic_write, load_checkpoint
+from quant.files import load_checkpoint, save_checkpoint
 
 CAPTION_DROP = 0.1
 CHECKPOINT_STEPS = 250
@@ -206,8 +206,7 @@ class Training:
 
     def save(self, path, step):
         states = {name: getattr(self, name).state_dict() for name in ("denoiser", "average", "optimizer")}
-        with atomic_write(path) as file:
-            torch.save(states | {"loss": self.running_loss, "random": self.random.get_rng_state(), "step": step}, file)
+        save_checkpoint(states | {"loss": self.running_loss, "random": self.random.get_rng_state(), "step": step}, path)
 
     def resume(self, path):
         """Bring everything to where the checkpoint stands, if there is one; returns the steps done."""

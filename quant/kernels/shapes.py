@@ -9,6 +9,7 @@ the tables below, which are reckoned from peak rates and bandwidths, not measure
 
 import functools
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ FUSED_ROWS = 16
 # are the fastest, other chips gain at smaller shapes.
 INT8_PRODUCTS = {(8, 0): 2**30, (8, 6): 2**29, (9, 0): 2**33}
 
+log = logging.getLogger("qua2sedimo")
 _chosen = None  # in place of the file's, if any
 
 
@@ -81,13 +83,13 @@ def load(file):
     """The ways {key: way} in a file; InputError, naming it, if it is none that `save` wrote."""
     try:
         ways = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         ways = None
     return _checked(ways, file)
 
 
 def _checked(ways, name):
-    sound = isinstance(ways, dict) and all(way in WAYS.get(shape.split(" ")[0], ()) for shape, way in ways.items())
+    sound = isinstance(ways, dict) and all(way in list(WAYS.get(shape.split(" ")[0], ())) for shape, way in ways.items())
     if not sound:
         raise InputError(f"{name}: not a table of ways by shape; remove it, or measure anew by benchmarks/low_bit.py --tune")
     return ways
@@ -95,4 +97,10 @@ def _checked(ways, name):
 
 @functools.cache
 def _from_file():
-    return load(path()) if path().is_file() else {}
+    if not path().is_file():
+        return {}
+    try:
+        return load(path())
+    except InputError as reason:
+        log.warning("%s; until then shapes go by what is reckoned", reason)
+        return {}

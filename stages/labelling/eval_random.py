@@ -9,7 +9,8 @@ from models.clip import CLIP_MODEL, load_clip
 from models.embedded.judge import digit_reference_folder
 from models.pipelines import is_embedded, pick_device
 from quant import config
-from quant.files import remove_leftovers, save_text
+from quant.files import save_text
+from quant.leftovers import remove_leftovers
 from stages import multi_chkpt, q_config
 from stages.common import at_least, in_precision, log, parser_for, share
 from stages.labelling import successive_halving

@@ -1,11 +1,12 @@
 """Full precision's images, kept for a whole run: every configuration's are compared with them."""
 
-import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
-from quant.files import atomic_write
+from quant.checked_files import are_arrays, load_array, save_array
+
+KINDS = {"images": ("u", 4), "latents": ("f", 4), "features": ("f", 2)}
 
 
 class FullPrecision(NamedTuple):
@@ -18,17 +19,14 @@ class FullPrecision(NamedTuple):
 
 def load(folder, count):
     """What is kept of `count` images, read from disk as it is used; None if it is not there, or damaged."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        arrays = [np.load(_path(folder, name), mmap_mode="r", allow_pickle=False) for name in FullPrecision._fields]
-        if all(len(array) == count for array in arrays):
-            return FullPrecision(*arrays)
-    return None
+    arrays = {name: load_array(_path(folder, name)) for name in FullPrecision._fields}
+    there = all(array is not None for array in arrays.values())
+    return FullPrecision(**arrays) if there and are_arrays(arrays, KINDS, count) else None
 
 
 def save(folder, arrays):
     for name in FullPrecision._fields:
-        with atomic_write(_path(folder, name)) as file:
-            np.save(file, arrays[name])
+        save_array(arrays[name], _path(folder, name))
 
 
 def _path(folder, name):

@@ -1,11 +1,11 @@
 """Folders of labelled configurations, read: what reports are made of and predictors learn from."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import InputError
+from errors import InputError, shown
 from evaluation import quant_cache
+from quant.checked_files import from_json
 from stages.labelling import json_lines
 from stages.run_folder import read_settings
 from stages.sampling import IMAGE_FLAGS
@@ -25,6 +25,7 @@ LABEL_FLAGS = (
     "reference_key",  # what is in the folder of --reference
 )
 OWN_FLAGS = ("seed", "a_l", "a_u", "halving_key", "chosen_key")  # in which labels that are merged may differ
+FULL_PRECISION = "full_precision.json"
 NOT_NUMBERS = ("row", "configuration", "images")  # what else is in a line of proxies
 
 
@@ -54,18 +55,26 @@ def read(path):
     rows = quant_cache.load(cache)
     if not rows:
         raise InputError(f"{cache}: no labelled configurations; make them with *_eval_random.py --outdir {cache.parent}")
-    proxies = {line["row"]: line for line in json_lines.load(cache.parent / "quant_proxies.jsonl") if "row" in line}
+    proxies = {line["row"]: line for line in json_lines.load(cache.parent / "quant_proxies.jsonl", "row")}
     settings = cache.parent / "sampling_config.yaml"
     return Run(cache.parent, read_settings(settings) if settings.exists() else None, rows, proxies)
 
 
 def read_full_precision(folder):
     """The row of full precision."""
-    path = folder / "full_precision.json"
+    row = full_precision_row(folder)
+    if row is None:
+        raise InputError(f"{folder / FULL_PRECISION}: cannot be read; run the labelling again, it goes on")
+    return row
+
+
+def full_precision_row(folder):
+    """The row of full precision without its configuration; None if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read; run the labelling again, it goes on") from None
+        row = from_json((folder / FULL_PRECISION).read_bytes())
+    except OSError:
+        return None
+    return row if row is not None and quant_cache.is_row(row | {"config": {}}) else None
 
 
 def check_mergeable(runs):
@@ -79,12 +88,14 @@ def check_mergeable(runs):
         for flag in LABEL_FLAGS:
             if flag not in OWN_FLAGS and run.settings.get(flag) != first.settings.get(flag):
                 raise InputError(
-                    f"{run.folder}: labelled with {flag} {run.settings.get(flag)}, {first.folder} with "
-                    f"{first.settings.get(flag)}; labels made in different ways do not compare"
+                    f"{run.folder}: labelled with {flag} {shown(run.settings.get(flag))}, {first.folder} with "
+                    f"{shown(first.settings.get(flag))}; labels made in different ways do not compare"
                 )
         for other in runs[:place]:
             if other.settings is not None and run.settings.seed == other.settings.seed:
-                raise InputError(f"{run.folder}: has the seed {run.settings.seed}, and so the noise, of {other.folder}")
+                raise InputError(
+                    f"{run.folder}: has the seed {shown(run.settings.seed)}, and so the noise, of {other.folder}"
+                )
 
 
 def sizes(run):

@@ -6,7 +6,6 @@ at any point goes on without measuring anything twice; a configuration whose tas
 """
 
 import collections
-import contextlib
 import json
 import math
 import time
@@ -19,9 +18,10 @@ from errors import InputError
 from evaluation import fid, quant_cache
 from evaluation.constant_images import say_constant
 from evaluation.proxies import PER_IMAGE
-from quant.files import atomic_write, save_png
+from quant.checked_files import with_digest
+from quant.files import save_png, save_text
 from stages.common import log
-from stages.labelling import full_precision, json_lines, successive_halving
+from stages.labelling import full_precision, json_lines, label_runs, successive_halving
 from stages.labelling.forecast import Forecast
 from stages.labelling.labeller import Task, name_of
 from stages.labelling.task_results import TaskResults
@@ -100,14 +100,12 @@ class LabellingRun:
 
     def measure_full_precision(self):
         """Full precision's row without its configuration; both it and its images are measured once and kept."""
-        path = self.outdir / "full_precision.json"
         self.full_precision = full_precision.load(self.outdir / "full_precision", self.args.n_imgs)
         if self.full_precision is not None:
-            with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
-                row = json.loads(path.read_text())
-                if isinstance(row, dict) and quant_cache.is_row(row | {"config": {}}):
-                    self.check_reference(row["FID-GT-1k"])
-                    return row
+            row = label_runs.full_precision_row(self.outdir)
+            if row is not None:
+                self.check_reference(row["FID-GT-1k"])
+                return row
         self.full_precision = None  # measured without one
         later = successive_halving.images_from(0, self.args, len(self.indices)) - len(self.rows) * self.args.n_imgs
         for _ in self.measured([None], self.args.n_imgs, max(0, later)):
@@ -121,8 +119,7 @@ class LabellingRun:
         del row["config"]
         with self.watch.phase("write"):
             full_precision.save(self.outdir / "full_precision", arrays)
-            with atomic_write(path) as file:
-                file.write(json.dumps(row, indent=1).encode())
+            save_text(json.dumps(with_digest(row), indent=1), self.outdir / label_runs.FULL_PRECISION)
             self.results.drop(self.tasks(None, self.args.n_imgs))
         self.full_precision = full_precision.load(self.outdir / "full_precision", self.args.n_imgs)
         return row
@@ -160,7 +157,7 @@ class LabellingRun:
     def label(self, indices):
         """The rows of the configurations, those that are not in `quant_cache.pkl` yet measured; saved as they come."""
         self.check_rows(indices)
-        proxies = [line for line in json_lines.load(self.proxies_path) if line.get("row", math.inf) <= len(self.rows)]
+        proxies = [line for line in json_lines.load(self.proxies_path, "row") if line["row"] <= len(self.rows)]
         start = time.monotonic()
         for index in self.measured(indices[len(self.rows) :], self.args.n_imgs):
             tasks = self.tasks(index, self.args.n_imgs)

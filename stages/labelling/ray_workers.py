@@ -21,6 +21,7 @@ from stages.common import log
 from stages.labelling.full_precision import FullPrecision
 from stages.labelling.labeller import Labeller, encode
 from stages.library_notes import library_notes
+from stages.run import heed_sigterm
 
 MOST_DEATHS = 3  # of workers at the same task, until the task is to blame
 TASKS_AHEAD = 2  # given to a worker, so that it need not wait for this process
@@ -250,6 +251,8 @@ def connect(args):
             else f"--ray_address {args.ray_address}: no cluster there"
         )
         raise InputError(f"{where} ({first_line(reason)})") from reason
+    finally:
+        heed_sigterm()  # Ray has put its own in place, which ends this process out of order
     there = ray.cluster_resources()
     device = "cuda" if there.get("GPU") and args.device != "cpu" else "cpu"
     if args.device == "cuda" and device == "cpu":

@@ -41,7 +41,7 @@ def survivors(labelling, args):
     """The configurations that are measured on all images: all of them, unless --budget_images says otherwise."""
     indices = list(labelling.indices)
     path = args.outdir / "quant_labels_partial.jsonl"
-    lines = json_lines.load(path)
+    lines = [line for line in json_lines.load(path, "configuration", "images") if "FID" in line]
     for stage, (images, following) in enumerate(itertools.pairwise([*args.budget_images, args.n_imgs]), start=1):
         fids = {line["configuration"] - 1: line["FID"] for line in lines if line["images"] == images}
         later = images_from(stage, args, len(labelling.indices))

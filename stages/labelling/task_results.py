@@ -5,14 +5,18 @@ The results of a configuration are dropped once its row is in `quant_cache.pkl`.
 
 import contextlib
 import shutil
-import zipfile
-import zlib
 
 import numpy as np
 
-from quant.files import atomic_write
+from evaluation.proxies import PER_IMAGE
+from quant.checked_files import are_arrays, load_arrays, save_arrays
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+KINDS = dict.fromkeys((*PER_IMAGE, "clip_score"), ("f", 1)) | {
+    "features": ("f", 2),
+    "constant": ("b", 1),
+    "images": ("u", 4),
+    "latents": ("f", 4),
+}
 
 
 class TaskResults:
@@ -25,16 +29,12 @@ class TaskResults:
         return self.folder / f"{task.name}_{task.first:05d}-{task.last:05d}.npz"
 
     def save(self, task, arrays):
-        with atomic_write(self.path(task)) as file:
-            np.savez(file, **arrays)
+        save_arrays(arrays, self.path(task))
 
     def load(self, task):
         """What was saved; None if nothing was, or it is damaged."""
-        with contextlib.suppress(*DAMAGED), np.load(self.path(task), allow_pickle=False) as stored:
-            arrays = dict(stored)
-            if "features" in arrays and all(len(array) == task.count for array in arrays.values()):
-                return arrays
-        return None
+        arrays = load_arrays(self.path(task))
+        return arrays if are_arrays(arrays, KINDS, task.count) and "features" in arrays else None
 
     def load_all(self, tasks):
         """The arrays of several tasks, one after another, as far as all have them."""

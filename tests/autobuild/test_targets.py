@@ -26,6 +26,20 @@ def test_values_by_hand(expression, expected):
     assert evaluate(expression, ROWS).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("9**9**9", np.inf), ("1/0", np.inf), ("(0-8)**0.5", np.nan), ("0/0", np.nan), ("2**0.5", 2**0.5), ("1e999", np.inf)],
+)
+def test_all_is_computed_in_double_precision(expression, value):
+    assert np.array_equal(evaluate(expression, ROWS), [value] * 2, equal_nan=True)
+
+
+def test_rows_are_not_changed():
+    for expression in ("minimum(avg_bits, bops)", "clip(bops, 1, 2)", "abs(-avg_bits)"):
+        evaluate(expression, ROWS)
+    assert evaluate("avg_bits + bops", ROWS).tolist() == [4.5, 8.0]
+
+
 def test_what_is_missing_is_no_number():
     values = evaluate("ssim + bops", [*ROWS, {"ssim": 0.5, "bops": 1.0}])
     assert np.isnan(values[:2]).all() and values[2] == 1.5
@@ -41,7 +55,17 @@ def test_what_is_missing_is_no_number():
         ("avg_bits.__class__", "is not understood"),
         ("[avg_bits]", "is not understood"),
         ("eval(avg_bits)", "is not understood"),
-        ("log(avg_bits, 3, 4, 5)", "log ("),
+        ("log(avg_bits, 3, 4, 5)", "'log(avg_bits, 3, 4, 5)' is not understood"),
+        ("log(avg_bits, bops)", "is not understood"),  # numpy would write the logarithms into the second
+        ("minimum(avg_bits, 3, bops)", "is not understood"),
+        ("clip(avg_bits, 1, 2, FID-GT-1k)", "'clip(avg_bits, 1, 2, FID-GT-1k)' is not understood"),
+        ("clip(avg_bits, 1)", "clip of 3"),
+        ("-" * 500 + "1", "is not understood"),
+        ("(" * 150 + "1" + ")" * 150, "not an expression"),
+        ("1+" * 1500 + "1", "longer than 2000 characters"),
+        ("9" * 400, "is not understood"),
+        ("1e5j", "is not understood"),
+        ("avg_bits\0", "not an expression"),
         ("avg_bits if bops else 0", "is not understood"),
         ("", "not an expression"),
     ],

@@ -3,9 +3,12 @@
 import argparse
 import errno
 import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from conftest import ROOT, script
 
 from errors import InputError, lacks_memory
 from models.families import FAMILIES
+from quant import files
 from stages import common, infer
 from stages.run import OneLineParser, run_main
 
@@ -88,6 +92,55 @@ def test_debug_shows_the_traceback_with_what_was_hidden(monkeypatch, capsys):
     assert ends(main, monkeypatch, capsys) == (2, ["error: x.pt: damaged"])
     assert ends(raising(KeyError("x")), monkeypatch, capsys, "--debug")[1][-1] == "error: unexpected KeyError: 'x'"
     assert OneLineParser().parse_args(["--debug"]) == {}  # a run goes on with it or without
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch, capsys):
+    """What is saved at Ctrl-C is saved; a second one, while that goes on, does nothing."""
+    saved = []
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)
+            saved.append("all")
+            raise
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, lines = ends(main, monkeypatch, capsys)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143 and lines == ["stopped after 0 s; the same command goes on"] and saved == ["all"]
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_error_of_torchs(tmp_path, monkeypatch):
+    """It comes as the file is written: torch's own writer would make a RuntimeError of it."""
+
+    class Interrupting(io.BufferedWriter):
+        def write(self, _bytes):
+            raise KeyboardInterrupt
+
+    fdopen = os.fdopen
+    monkeypatch.setattr(files.os, "fdopen", lambda handle, mode: Interrupting(fdopen(handle, mode).detach()))
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint({"a": torch.ones(3)}, tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--outdir", ""], ["--outdir="], ["--outdir", " "]])
+def test_an_empty_name_of_a_folder_is_none(words):
+    parser = OneLineParser(prog="x.py")
+    parser.add_argument("--outdir", type=Path)
+    with pytest.raises(InputError, match="--outdir: the name is empty"):
+        parser.parse_args(words)
+
+
+def test_arguments_that_are_not_utf8_are_one_line():
+    parser = OneLineParser(prog="x.py")
+    parser.add_argument("--outdir", type=Path)
+    with pytest.raises(InputError, match=r"'caf\\udce9': is not UTF-8"):
+        parser.parse_args(["--outdir", b"caf\xe9".decode("utf-8", "surrogateescape")])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -90,6 +91,12 @@ def write_holder(folder, **changes):
     this = psutil.Process()
     holder = {"process": this.pid, "host": socket.gethostname(), "started": this.create_time()} | changes
     (folder / "run.pid").write_text(json.dumps(holder))
+
+
+def test_a_run_whose_folder_is_deleted_meanwhile_has_not_gone_well(tmp_path):
+    with pytest.raises(InputError, match="a: was deleted, moved or replaced"), only_run_in(tmp_path / "a"):
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "a").mkdir()  # as writing to it does
 
 
 def test_without_locks_a_file_tells_who_is_at_work(tmp_path, no_flock, caplog):

@@ -2,14 +2,13 @@
 
 Each kill is a SIGKILL of the run, or, with Ray, of the run or one of its workers. There is one in each way, and a few in
 the long tests, or more: `KILLS=50 pytest -s tests/stages/labelling/test_kills.py`. For endings
-at each write see test_interruptions.py.
+at each write see test_interruptions.py, for the other stages tests/stages/test_killed_stages.py.
 """
 
 import contextlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import time
 import psutil
 import pytest
 from conftest import EVAL, run_here, script
+from killing import run_disturbed
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray of these tests at a time
 KILLS = int(os.environ.get("KILLS", 5))
@@ -24,7 +24,6 @@ SEED = int(os.environ.get("KILLS_SEED", 0))
 SMALL_TASKS = ("--batch_size", 2, "--num_archs", 3)  # two tasks per configuration
 RESULTS = ("quant_cache.pkl", "quant_proxies.jsonl", "full_precision.json", "results.txt")
 SLEEP = shutil.which("sleep")
-CHANGES, SECONDS = 25, 0.3  # a kill comes after so many changes of the run's files, and so long, at most
 SCRIPT = "pixart_alpha_eval_random.py"
 
 
@@ -74,41 +73,6 @@ def kill_someone(run, chance):
     return True
 
 
-def listing(folder):
-    """Names and times of the files below `folder`, whatever comes and goes meanwhile."""
-    found = set()
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path, path.stat().st_mtime_ns))
-    return frozenset(found)
-
-
-def wait_for_changes(process, folder, count):
-    """Until the process has ended, or files below `folder` were written or deleted so many times."""
-    seen = {listing(folder)}
-    while process.poll() is None and len(seen) <= count:
-        seen.add(listing(folder))
-        time.sleep(0.005)
-
-
-def run_disturbed(command, folder, chance, kills_left):
-    """Run until done, killed at random moments meanwhile; returns the number of kills."""
-    kills = 0
-    while True:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and kills < kills_left:
-                wait_for_changes(process, folder, chance.randint(1, CHANGES))
-                time.sleep(chance.uniform(0, SECONDS))
-                if process.poll() is None:
-                    kills += 1
-                    if kill_someone(process, chance):
-                        break
-            errors = process.stderr.read()
-        if process.returncode == 0:
-            return kills
-        assert process.returncode == -signal.SIGKILL, errors
-
-
 def test_workers_of_others_are_not_picked(stranger):
     """A worker is told from another's of the same name by the run that it descends from, over two generations."""
     child = f"import subprocess; subprocess.run(['ray::Worker', '10000'], executable={SLEEP!r})"
@@ -131,7 +95,7 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path, embedded_mq, undisturbed
         folder = tmp_path / str(runs)
         folder.mkdir()
         command = script(SCRIPT, *flags_of(embedded_mq, folder), *(("--workers", workers) if workers else ()))
-        kills += run_disturbed(command, folder, chance, most - kills)
+        kills += run_disturbed(command, folder, chance, most - kills, kill_someone)
         runs += 1
         for name in RESULTS:
             assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), f"{name} after {kills} kills"

@@ -155,9 +155,12 @@ def test_json_lines(tmp_path):
     path = tmp_path / "lines.jsonl"
     assert json_lines.load(path) == []
     json_lines.save([{"a": 1.5, "b": math.nan}, {"a": 2}], path)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1.5, "b": None}, {"a": 2}]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [{**line, "digest": None} for line in lines] == [{"a": 1.5, "b": None, "digest": None}, {"a": 2, "digest": None}]
     path.write_bytes(path.read_bytes() + b'{"a": 3')
     assert json_lines.load(path) == [{"a": 1.5, "b": None}, {"a": 2}]
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"1.7") + b'\n{"a": 4}\n{"a": "x"}')
+    assert json_lines.load(path) == [{"a": 2}, {"a": 4}]  # lines of earlier versions have no digest
 
 
 def test_parts_of_an_earlier_version_count_as_far_as_they_tell(tmp_path):
@@ -190,6 +193,7 @@ def test_labels_made_with_other_statistics_of_the_reference_are_not_gone_on_with
     folder = shutil.copytree(labels, tmp_path / "labels")
     row = json.loads((folder / "full_precision.json").read_text())
     row["FID-GT-1k"] *= 1.1
+    del row["digest"]
     (folder / "full_precision.json").write_text(json.dumps(row))
     code, printed = run_script(eval_random, "dit", *EVAL, "--multi_chkpt", mq, "--outdir", folder, "--num_archs", 3)
     assert code == 2 and "other statistics of the reference images" in printed and "another --outdir" in printed

@@ -37,7 +37,9 @@ def make(folder, seed=42, key="model.a.weight_quantizer", **settings):
     )
     flags = dict.fromkeys(LABEL_FLAGS, "same") | {"seed": seed, "n_imgs": 5} | settings
     OmegaConf.save(OmegaConf.create(flags), folder / "sampling_config.yaml")
-    (folder / "full_precision.json").write_text(json.dumps(rows[0] | {"avg_bits": 16.0, "FID-GT-1k": 4.0}))
+    row = rows[0] | {"avg_bits": 16.0, "FID-GT-1k": 4.0}
+    del row["config"]
+    (folder / "full_precision.json").write_text(json.dumps(row))
     return folder
 
 
