@@ -34,6 +34,7 @@ from quant.packed_state import (
     check_words,
     dequantize,
     empty_layers,
+    is_codes_name,
     is_packed_name,
     put_layers,
     put_tensor,
@@ -41,7 +42,7 @@ from quant.packed_state import (
     told_sizes,
     weights_of,
 )
-from quant.registry import quantizer
+from quant.registry import FLOAT, quantizer
 from quant.slots import is_weight_layer
 
 VERSION = 1
@@ -67,8 +68,8 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
         self.quant_method = QuantMethod.QUA2SEDIMO
         if version != VERSION or isinstance(version, bool):
             raise InputError(f"quantization_config: version {version!r}, this program reads {VERSION}")
-        if method is not None:
-            quantizer(method)  # refuses an unknown one
+        if method is not None and quantizer(method).name == FLOAT:  # an unknown one is refused
+            raise InputError("quantization_config: float quantizes nothing; leave the quantization_config out")
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]
         left = modules_to_not_convert or []
@@ -127,7 +128,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict):
         """`from_single_file` does not say whether a file is quantized: this is where it shows."""
-        if self.quantization_config.weights is None and not any(is_packed_name(name) for name in state_dict):
+        if self.quantization_config.weights is None and not any(is_codes_name(name) for name in state_dict):
             self.pre_quantized = False
         return state_dict
 
@@ -212,7 +213,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         told = self.quantization_config
         ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
         for path in [path for path in told.weights if path not in ties]:
-            codes = state_dict.get(f"{path}.codes")
+            codes = state_dict.get(f"{path}.codes", state_dict.get(f"{path}.values"))
             if codes is None:
                 raise InputError(f"{path}: is not the packed layer that it was; unload LoRAs before saving")
             if codes.is_meta or on_disk:
