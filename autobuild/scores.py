@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from autobuild.exchanges import shortest_sum
 from autobuild.predictor import WIDTH, GraphTensors, load_predictor, one_thread
-from autobuild.search import best_within, decisions_of_weights, make_decision, shortest_sum, variants
+from autobuild.search import best_within, make_decision, variants
 
 
 class LearnedScores:
     """Of the predictors of all folds; `states` as they were trained."""
+
+    found = None  # what is chosen is the best there is
 
     @torch.no_grad()
     def __init__(self, space, states):
@@ -25,9 +28,9 @@ class LearnedScores:
         scores = sum(map(published, self.predictors, [0] * len(self.predictors), self.alone))
         return np.where(self.space.is_known, scores.numpy(), np.nan)
 
-    def best_within(self, avg_bits):
-        """Codes [W] of the best prediction with at most so many average bits."""
-        return best_within(self.space, self.decisions(), avg_bits)
+    def best_within(self, avg_bits, budgets=()):
+        """Codes [W] of the best prediction with at most so many average bits and within other budgets."""
+        return best_within(self.space, self.decisions(), avg_bits, budgets)
 
     def decisions(self):
         """The units, each variant with what it adds to the predicted target, but for a constant: mean over folds."""
@@ -113,14 +116,18 @@ class MeasuredScores:
 
     def __init__(self, space, changes, shifts):
         self.space, self.changes, self.shifts = space, changes, shifts
+        self.found = None
 
     def of_weights(self):
         return -self.changes
 
-    def best_within(self, avg_bits):
-        """Codes [W] of the shortest sum of shifts that is found with at most so many average bits."""
-        first = best_within(self.space, decisions_of_weights(self.space, -self.changes), avg_bits)
-        return shortest_sum(self.space, self.shifts, first, avg_bits)
+    def best_within(self, avg_bits, budgets=()):
+        """Codes [W] of the shortest sum of shifts that is found with at most so many average bits, within other budgets.
+
+        `found` tells how good it is (see exchanges.Found).
+        """
+        self.found = shortest_sum(self.space, self.shifts, avg_bits, budgets=budgets)
+        return self.found.codes
 
     def published_decisions(self):
         """The units, a variant's score the sum of its weights'."""

@@ -1,4 +1,4 @@
-"""The search space of a denoiser as labels know it: its graph, and of each weight what the six methods cost."""
+"""The search space of a denoiser: its graph, and of each weight what the methods cost; labels know six of them."""
 
 import functools
 from dataclasses import dataclass
@@ -14,21 +14,27 @@ from quant.entries import fitted
 from quant.file_keys import file_ties
 from quant.registry import SEARCH_SPACE, fp_size_bytes, quantizer
 
-NAMES = SEARCH_SPACE  # a method's code is its place here
+NAMES = SEARCH_SPACE  # of labels; a method's code is its place here, or in a space's own `methods`
 NUMBER = {name: code for code, name in enumerate(NAMES)}
 
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """W weights, in the graph's order, with M = 6 methods each. Weights that share their values are one."""
+    """W weights, in the graph's order, with M methods each, the six or others. Weights that share values are one."""
 
     family: str
     graph: graph.DenoiserGraph
     keys: list[list]  # [W] the keys of each in configurations, several if it is shared; a family's are file keys
     fp_bytes: np.ndarray  # [W] of all its keys
     size_bytes: np.ndarray  # [W, M] quantized, with overhead, of all its keys
-    errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method
+    errors: np.ndarray  # [W, M] of one key; NaN where no label has seen the method, or it is ruled out
     precision_bits: int | None = None  # of the float weights; None is the family's own
+    methods: tuple = NAMES  # [M]
+
+    @functools.cached_property
+    def number(self):
+        """{method: its code}."""
+        return {name: code for code, name in enumerate(self.methods)}
 
     @functools.cached_property
     def place(self):
@@ -47,14 +53,15 @@ class SearchSpace:
     def codes(self, rows):
         """Method codes [R, W] of labelled rows."""
         firsts = [keys[0] for keys in self.keys]
-        return np.array([[NUMBER[row["config"][key][0]] for key in firsts] for row in rows])
+        return np.array([[self.number[row["config"][key][0]] for key in firsts] for row in rows])
 
     def codes_of(self, configuration):
         """Method codes [W] of a configuration {key: method}; InputError for a method that is not of the space."""
-        other = next((key for key, method in configuration.items() if method not in NUMBER), None)
+        other = next((key for key, method in configuration.items() if method not in self.number), None)
         if other is not None:
-            raise InputError(f"{other}: {configuration[other]} is not of the search space; it has {', '.join(NAMES)}")
-        return np.array([NUMBER[configuration[keys[0]]] for keys in self.keys])
+            known = ", ".join(self.methods)
+            raise InputError(f"{other}: {configuration[other]} is not of the search space; it has {known}")
+        return np.array([self.number[configuration[keys[0]]] for keys in self.keys])
 
     @property
     def bit_bytes(self):
@@ -64,7 +71,7 @@ class SearchSpace:
     @property
     def smallest_bytes(self):
         """Bytes of the smallest configuration of known methods."""
-        return np.nanmin(self.size_bytes, axis=1).sum()
+        return np.where(self.is_known, self.size_bytes, np.inf).min(axis=1).sum()
 
     def avg_bits(self, codes):
         """Average bits of configurations, codes [..., W]."""
@@ -76,7 +83,7 @@ class SearchSpace:
 
     def configuration(self, codes):
         """{key: method} of one configuration, codes [W]."""
-        return {key: NAMES[code] for keys, code in zip(self.keys, codes, strict=True) for key in keys}
+        return {key: self.methods[code] for keys, code in zip(self.keys, codes, strict=True) for key in keys}
 
 
 def of_rows(family, rows, name="labels"):
@@ -101,10 +108,11 @@ def precision_of(row):
     return round(row["avg_bits"] * full / quantized)
 
 
-def of_multiquantizer(family, entries, name="multiquantizer"):
-    """The space of a denoiser whose methods are all fitted, of a multiquantizer's entries {file key: entry}.
+def of_multiquantizer(family, entries, name="multiquantizer", methods=NAMES):
+    """The space of a denoiser, of a multiquantizer's entries {file key: entry}.
 
-    InputError, with the file's `name`, if they are not of the family's layers; also if one lacks a method of the space.
+    InputError, with the file's `name`, if they are not of the family's layers; also if one lacks one of the six methods. Of
+    other `methods`, which need not be fitted, errors are told as zero.
     """
     drawn, keys = graph_and_keys(family.name)
     slots = graph.slots_of_family(family.name)[1]
@@ -117,10 +125,15 @@ def of_multiquantizer(family, entries, name="multiquantizer"):
         drawn,
         keys,
         counts * [fp_size_bytes(shape, bits) for shape in shapes],
-        counts[:, None] * [[quantizer(name).size_bytes(shape, bits) for name in NAMES] for shape in shapes],
-        np.array([[fitted(entries[each[0]], each[0], name, "errors") for name in NAMES] for each in keys]),
+        counts[:, None] * [[quantizer(name).size_bytes(shape, bits) for name in methods] for shape in shapes],
+        np.array([[_error(entries[each[0]], each[0], name) for name in methods] for each in keys]),
         bits,
+        tuple(methods),
     )
+
+
+def _error(entry, key, name):
+    return fitted(entry, key, name, "errors") if name in NUMBER else entry["errors"].get(name, 0.0)
 
 
 @functools.cache  # tracing takes seconds

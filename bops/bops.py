@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from quant.registry import quantizer
+from quant.registry import FLOAT, quantizer
 
 FLOAT_BITS = 16  # full-precision weights and activations
 OTHER_BITS = 16  # per MAC of a layer outside the configuration, as published
@@ -11,7 +11,7 @@ TERA = 1e12
 
 
 def weight_bits(method):
-    """Bits that a weight enters its product with: K-Means weights are 16-bit numbers once decoded."""
+    """Bits that a weight enters its product with: K-Means weights, once decoded, and float ones are 16-bit numbers."""
     is_affine = method is not None and quantizer(method).is_affine
     return quantizer(method).bits if is_affine else FLOAT_BITS
 
@@ -21,15 +21,17 @@ def tera_bops(macs, slots, method_by_key, act_bits=FLOAT_BITS):
 
     `method_by_key` is {key of a slot: method name, or None for full precision}; the slots' layers have
     inputs of `act_bits`, and so have the attention's queries, keys and probabilities; products that no one quantizes
-    take FLOAT_BITS on both sides.
+    take FLOAT_BITS on both sides. Inputs of layers that a configuration leaves float are not quantized.
     """
     total = macs.products * FLOAT_BITS * FLOAT_BITS
     total += macs.norms * NORM_BITS + macs.attention_qk * act_bits * act_bits + macs.attention_av * act_bits * FLOAT_BITS
     weights = Counter()  # module path -> weights in slots
     for slot in slots.values():
         weights[slot.module_path] += slot.shape.numel()
+    quantized = {slot.module_path for key, slot in slots.items() if method_by_key[key] != FLOAT}
     for key, slot in slots.items():
         share = macs.layers[slot.module_path] * slot.shape.numel() // weights[slot.module_path]
-        total += share * weight_bits(method_by_key[key]) * act_bits
+        input_bits = act_bits if slot.module_path in quantized else FLOAT_BITS
+        total += share * weight_bits(method_by_key[key]) * input_bits
     total += sum(count * OTHER_BITS for path, count in macs.layers.items() if path not in weights)
     return total / TERA

@@ -139,7 +139,7 @@ def describe(configuration, slots, entries, precision_bits):
             method,
             fp_size_bytes(slots[key].shape, precision_bits),
             quantizer(method).size_bytes(slots[key].shape, precision_bits),
-            fitted(entries[slots[key].tie], key, method, "errors"),
+            fitted(entries.get(slots[key].tie), key, method, "errors"),
         ]
         for key, method in configuration.items()
     }

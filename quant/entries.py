@@ -6,7 +6,7 @@ import math
 import torch
 
 from errors import InputError
-from quant.registry import SEARCH_SPACE, fit_with_errors, quantizer
+from quant.registry import FLOAT, SEARCH_SPACE, fit_with_errors, quantizer
 
 
 def fit_entry(weight, words=SEARCH_SPACE):
@@ -52,8 +52,11 @@ def has_words(entry, words=SEARCH_SPACE):
 def fitted(entry, key, word, part="parameters"):
     """What a weight's entry holds of a word: its parameters or, `part` being "errors", its error.
 
-    InputError, naming the weight by its `key` and what there is, where it was not fitted.
+    InputError, naming the weight by its `key` and what there is, where it was not fitted. Full precision needs no fit, and
+    no entry.
     """
+    if word == FLOAT:
+        return {"parameters": {}, "errors": 0.0}[part]
     held = entry[part]
     if word not in held:
         raise InputError(

@@ -15,7 +15,9 @@ from torch import nn
 from quant.activations import quantize_channels, quantize_tokens
 from quant.layers import CONVOLUTION, HOOKS, module_places, packed_form, packed_parts, replace_module
 from quant.offload import at_home, put_hook, take_hook
-from quant.registry import quantizer
+from quant.registry import FLOAT, quantizer
+
+FULL_PRECISION = (None, FLOAT)  # under no method, or left float by a configuration
 
 
 class WeightPart:
@@ -30,7 +32,7 @@ class WeightPart:
         """Put the weight under the method `name`; None puts the float weight back."""
         with at_home(self.layer):
             original = self.original
-            if name is None:
+            if name in FULL_PRECISION:
                 self.slot.part_of(self.layer.weight).copy_(original)
             else:
                 quantized = quantizer(name).apply(original, on_device(original.device, parameters))
@@ -43,7 +45,7 @@ class WeightPart:
     def original(self):
         """The float weight, contiguous, in the precision P, on the device of the layer's weight."""
         layer = self.layer
-        if layer.original is None and self.method is not None:
+        if layer.original is None and self.method not in FULL_PRECISION:
             raise RuntimeError("this layer was quantized for good: its float weight is gone; load the model again")
         float_weight = layer.weight.detach() if layer.original is None else layer.original
         return self.slot.part_of(float_weight).to(layer.weight.device, layer.precision).contiguous()
@@ -86,8 +88,8 @@ class ExchangeableLayer:
 
     @property
     def is_float(self):
-        """Whether no part of the weight is under a method."""
-        return all(part.method is None for part in self.parts)
+        """Whether every part of the weight is at full precision."""
+        return all(part.method in FULL_PRECISION for part in self.parts)
 
     def keep_original(self):
         """Put the float weight aside before a part of it is overwritten, where another method may come."""
@@ -101,7 +103,12 @@ class ExchangeableLayer:
 
     @torch.no_grad()
     def packed(self, methods, parameters):
-        """The packed layer of this one's float weight: a method and its parameters {name: tensor} for each part."""
+        """The packed layer of this one's float weight: a method and its parameters {name: tensor} for each part.
+
+        A float layer, where all parts are to stay float.
+        """
+        if set(methods) == {FLOAT}:
+            return self._as_float()
         hook = take_hook(self)
         try:
             parts = packed_parts(self.weight.shape, methods, [part.slot.inputs for part in self.parts])
@@ -115,9 +122,25 @@ class ExchangeableLayer:
         put_hook(packed, hook)
         return packed
 
+    def _as_float(self):
+        """The layer of PyTorch's own with this one's weight, bias and hooks."""
+        hook = take_hook(self)
+        kind = next(kind for kind in EXCHANGEABLE if isinstance(self, kind))
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        for name in (*self.geometry, *HOOKS):
+            setattr(layer, name, getattr(self, name))
+        layer.weight = self.weight
+        layer.register_parameter("bias", self.bias)
+        put_hook(layer, hook)
+        return layer.train(self.training)
+
     def forward(self, input):
-        """The float layer's output; with `act_bits`, for an input that is quantized to them first."""
-        if self.act_bits is not None:
+        """The float layer's output; with `act_bits`, for an input that is quantized to them first.
+
+        Where a configuration leaves the whole weight float, the input is left as it is, too.
+        """
+        if self.act_bits is not None and not all(part.method == FLOAT for part in self.parts):
             input = self.quantize_input(input, self.act_bits)
         return self.compute(input)
 

@@ -4,11 +4,14 @@
 Their state dictionary is the file format. For each part of the weight (one, but for weights that are split):
 
     codes   uint8 [C, row bytes]; a parameter, by which offloading finds what it is to move; see quant/packing.py
-    table   scales [C] or [C, G] of UAQ; centroids [k], [C, k] or [C, G, k] of K-Means; in the weights' precision
+    table   scales [C] or [C, G] of UAQ, affine; centroids [k], [C, k] or [C, G, k] of K-Means; in the weights' precision
     zero    zero points of UAQ, integers, as the scales
+    offset  offsets of affine quantization, as the scales
+    values  in place of all these, the weights [C, ...] of a part that stays float while another does not
 
-The names of a second part end in `_1`. A weight is decoded when the layer runs and let go after: by the operators of
-quant/kernels/products.py or, where those do not know the form, as a tensor.
+The names of a second part end in `_1`. A weight that stays float as a whole is a float layer's, not one of these. A weight
+is decoded when the layer runs and let go after: by the operators of quant/kernels/products.py or, where those do not know
+the form, as a tensor.
 """
 
 from dataclasses import dataclass
@@ -22,8 +25,9 @@ from quant.kernels import products
 from quant.kernels.decode import decode
 from quant.lazy_weight import LazyWeight, read_only
 from quant.packing import pack_rows, row_bytes
-from quant.registry import quantizer
+from quant.registry import FLOAT, quantizer
 
+STATE_NAMES = {"scale": "table", "centroids": "table", "zero_point": "zero", "offset": "offset"}  # of parameters
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
@@ -38,14 +42,17 @@ class PackedPart:
     @property
     def names(self):
         """Names in the layer of the codes and of the tables that decode them."""
-        return ["codes" + self.suffix, *self.tables]
+        return ["values" + self.suffix] if self.is_float else ["codes" + self.suffix, *self.tables]
+
+    @property
+    def is_float(self):
+        """Whether the part is held as it is."""
+        return self.method == FLOAT
 
     @property
     def tables(self):
         """{name in the layer: name among a quantizer's parameters}."""
-        return {
-            name + self.suffix: parameter for name, parameter in zip(("table", "zero"), self.quantizer.tables, strict=False)
-        }
+        return {STATE_NAMES[parameter] + self.suffix: parameter for parameter in self.quantizer.tables}
 
     @property
     def quantizer(self):
@@ -100,6 +107,10 @@ class PackedLayer:
             self._register_empty(part)
 
     def _register_empty(self, part):
+        if part.is_float:
+            values = torch.empty(part.shape, dtype=self.compute_dtype, device="meta")
+            self.register_parameter("values" + part.suffix, nn.Parameter(values, requires_grad=False))
+            return
         packed = torch.empty(part.shape[0], row_bytes(part.count, part.quantizer.bits), dtype=torch.uint8, device="meta")
         self.register_parameter("codes" + part.suffix, nn.Parameter(packed, requires_grad=False))
         for name in part.tables:
@@ -109,6 +120,10 @@ class PackedLayer:
     @torch.no_grad()
     def fill(self, part, weight, parameters):
         """Pack `weight` [C, ...], the part's float weight, under `parameters` {name: tensor} of its method."""
+        if part.is_float:
+            values = nn.Parameter(weight.to(self.compute_dtype, copy=True), requires_grad=False)
+            setattr(self, "values" + part.suffix, values)
+            return
         codes = part.quantizer.encode(weight, parameters)
         packed = pack_rows(codes.reshape(len(codes), -1), part.quantizer.bits)
         setattr(self, "codes" + part.suffix, nn.Parameter(packed, requires_grad=False))
@@ -122,11 +137,14 @@ class PackedLayer:
         return weight if dtype is None else weight.to(dtype)
 
     def _decoded_part(self, suffix, bits, count, group, shape):
+        if not bits:
+            return getattr(self, "values" + suffix)
         return decode(*self._packed(suffix), bits, count, group).view(shape)
 
     def _packed(self, suffix=""):
-        """Codes, table and zero points (None for codebooks) of a part."""
-        return tuple(getattr(self, name + suffix, None) for name in ("codes", "table", "zero"))
+        """Codes, table and zero points or offsets (None for codebooks) of a part."""
+        codes, table, zero, offset = (getattr(self, name + suffix, None) for name in ("codes", "table", "zero", "offset"))
+        return codes, table, offset if zero is None else zero
 
     @property
     def weight(self):
@@ -167,7 +185,7 @@ class PackedLayer:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def tensors(self, part):
-        """The codes and tables of a part."""
+        """The codes and tables of a part, or its values."""
         return [getattr(self, name) for name in part.names]
 
     def forward(self, input):

@@ -22,7 +22,7 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer):
-        return cls._of_form(layer.weight_shape, layer.compute_dtype, layer.codes.device)
+        return cls._of_form(layer.weight_shape, layer.compute_dtype, layer.tensors(layer.parts[0])[0].device)
 
     @classmethod
     def _of_form(cls, shape, dtype, device):

@@ -22,7 +22,7 @@ from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
 from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
-from quant.registry import SEARCH_SPACE
+from quant.registry import FLOAT, SEARCH_SPACE
 from quant.slots import SlotRules, find_slots, free_keys, ties_of
 
 SHOWN_AFTER_SECONDS = 2  # a bar
@@ -106,7 +106,7 @@ class QuantizedModel:
         return self.entries
 
     def _fitted(self, key):
-        return set(self.entries[key]["parameters"]) if key in self.entries else set()
+        return set(self.entries[key]["parameters"] if key in self.entries else ()) | {FLOAT}
 
     @torch.no_grad()
     def fit_weight(self, key, methods=SEARCH_SPACE):
@@ -177,6 +177,8 @@ class QuantizedModel:
 
     def parameters(self, key, method):
         """The parameters {name: tensor} of a method for a slot; fitted now if they were not."""
+        if method == FLOAT:
+            return {}
         tie = self.slots[key].tie
         self.fit_weight(tie, [method])
         return self.entries[tie]["parameters"][method]
@@ -184,10 +186,13 @@ class QuantizedModel:
     def pack(self, configuration, show=True):
         """Turn every weight into packed codes of a configuration, layer by layer, for good; returns the module.
 
-        What has not been fitted is fitted on the way. A denoiser of diffusers' is afterwards saved by its own
-        `save_pretrained` and loaded by `from_pretrained` (see quant/pretrained.py).
+        What has not been fitted is fitted on the way; weights that are to stay `float` stay float layers. A denoiser of
+        diffusers' is afterwards saved by its own `save_pretrained` and loaded by `from_pretrained` (see
+        quant/pretrained.py).
         """
         configuration = self.configuration(configuration)
+        if set(configuration.values()) == {FLOAT}:
+            raise InputError("configuration: leaves every weight float, so that there is nothing to pack")
         left = list(dict.fromkeys(part.layer for part in self._install(keep_originals=False).values()))
         self._parts, places = None, module_places(self.module)
         for layer in self._bar(_drained(left), "packing", show, len(left)):
@@ -196,13 +201,22 @@ class QuantizedModel:
             packed = layer.packed(methods, [self.parameters(key, configuration[key]) for key in keys])
             replace_module(places[id(layer)], packed)
             layer.parts.clear()
-        ties = self._ties()
+        packed = dict(packed_layers(self.module))
+        ties = {path: shared for path, shared in self._ties().items() if path in packed}
         share(self.module, ties)
         if isinstance(self.module, ModelMixin):
-            attach(self.module, ties, precision_bits=self.precision_bits)
+            attach(self.module, ties, precision_bits=self.precision_bits, **self._told_bits(configuration))
         refuse_saving_unread(self.module)
         return_free_memory()
         return self.module
+
+    def _told_bits(self, configuration):
+        """{avg_bits} of all weights, where some stay float: packed layers tell their own."""
+        if FLOAT not in configuration.values():
+            return {}
+        free = {key: configuration[key] for key in free_keys(self.slots)}
+        description = config.describe(free, self.slots, self.entries, self.precision_bits)
+        return {"avg_bits": round(config.avg_bits(description, self.precision_bits), 4)}
 
     def _ties(self):
         """{path of a layer: path of the layer whose weights it shares}."""

@@ -158,9 +158,9 @@ def _split(module, at, tensors, folder):
 
 def _fill(packed, path, tensors, dtypes):
     """Put the tensors of the packed layer at `path`, and the precision that it computes in."""
-    for name in [name for part in packed.parts for name in part.names]:
-        put_tensor(packed, name, tensors[f"{path}.{name}"], f"{path}.{name}", "cpu")
     dtype = getattr(torch, dtypes.get(path, "float32"), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"quantization_config: {path} has the precision {dtypes[path]!r}")
     packed.compute_dtype = dtype
+    for name in [name for part in packed.parts for name in part.names]:
+        put_tensor(packed, name, tensors[f"{path}.{name}"], f"{path}.{name}", "cpu")

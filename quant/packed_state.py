@@ -2,7 +2,7 @@
 
 The words of it, as a configuration file holds them:
 
-    weights: {module path: method, or [[method, input channels], ...] of a split weight}
+    weights: {module path: method, or [[method, input channels], ...] of a split weight, of which a part may be `float`}
     ties: {module path: path of the layer with the same weights, which alone is in the file}
 
 Every error here is an InputError that names the module or the tensor.
@@ -16,7 +16,7 @@ from torch import nn
 from errors import InputError
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
 from quant.offload import put_hook, take_hook
-from quant.registry import TABLE_DTYPES, ZERO_DTYPES, quantizer
+from quant.registry import FLOAT, TABLE_DTYPES, ZERO_DTYPES, quantizer
 from quant.slots import check_weight, is_weight_layer
 
 DAMAGED = "the file is damaged or of another model"
@@ -37,8 +37,9 @@ def check_words(weights, ties):
         if not isinstance(told, dict | None):
             raise InputError(f"quantization_config: {name} is {_shown(told)}, not names with what belongs to them")
     for path, told in (weights or {}).items():
-        for method, _ in _method_pairs(path, told):
-            quantizer(method)
+        methods = [quantizer(method).name for method, _ in _method_pairs(path, told)]
+        if set(methods) == {FLOAT}:
+            raise InputError(f"quantization_config: {path} stays float, so is not to be packed; get the folder again")
     for path, shared in (ties or {}).items():
         if not isinstance(shared, str) or path not in (weights or {}) or shared not in weights or shared in ties:
             raise InputError(f"quantization_config: {path} cannot share the weights of {_shown(shared)}")
@@ -116,12 +117,14 @@ def put_tensor(layer, name, value, full_name, device):
     """
     expected = getattr(layer, name)
     stem = name.partition("_")[0]
-    dtypes = {"codes": (torch.uint8,), "table": TABLE_DTYPES, "zero": ZERO_DTYPES}[stem]
+    dtypes = {"codes": (torch.uint8,), "zero": ZERO_DTYPES}.get(stem, TABLE_DTYPES)
     if value.shape != expected.shape or value.dtype not in dtypes:
         found, wanted = f"{value.dtype} {list(value.shape)}", f"{dtypes[0]} {list(expected.shape)}"
         raise InputError(f"{full_name}: is {found}, not {wanted} or the like; {DAMAGED}")
     if stem == "codes":
         setattr(layer, name, nn.Parameter(value.to(device), requires_grad=False))
+    elif stem == "values":
+        setattr(layer, name, nn.Parameter(value.to(device, layer.compute_dtype, copy=True), requires_grad=False))
     else:
         setattr(layer, name, value.to(device, copy=True))
 
@@ -132,8 +135,13 @@ def packed_names(model):
 
 
 def is_packed_name(name):
-    """Whether a name in a state dictionary can be that of a packed layer's codes or tables."""
-    return re.fullmatch(r"(codes|table|zero)(_\d+)?", name.rpartition(".")[2]) is not None
+    """Whether a name in a state dictionary can be that of a packed layer's codes, tables or values."""
+    return re.fullmatch(r"(codes|table|zero|offset|values)(_\d+)?", name.rpartition(".")[2]) is not None
+
+
+def is_codes_name(name):
+    """Whether a name in a state dictionary can be that of codes, which every packed layer has."""
+    return re.fullmatch(r"codes(_\d+)?", name.rpartition(".")[2]) is not None
 
 
 def tied_names(model, ties):

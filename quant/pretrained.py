@@ -38,6 +38,7 @@ from quant.packed_state import (
     check_words,
     dequantize,
     empty_layers,
+    is_codes_name,
     is_packed_name,
     put_layers,
     put_tensor,
@@ -45,7 +46,7 @@ from quant.packed_state import (
     told_sizes,
     weights_of,
 )
-from quant.registry import quantizer
+from quant.registry import FLOAT, quantizer
 from quant.slots import is_weight_layer
 
 VERSION = 2
@@ -73,8 +74,8 @@ class Qua2SeDiMoConfig(QuantizationConfigMixin):
         self.quant_method = QuantMethod.QUA2SEDIMO
         if not isinstance(version, int) or version not in (VERSION, WITHOUT_DIGESTS) or isinstance(version, bool):
             raise InputError(f"quantization_config: version {repr(version)[:60]}, this program reads {VERSION}")
-        if method is not None:
-            quantizer(method)  # refuses an unknown one
+        if method is not None and quantizer(method).name == FLOAT:  # an unknown one is refused
+            raise InputError("quantization_config: float quantizes nothing; leave the quantization_config out")
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]
         left = modules_to_not_convert or []
@@ -157,7 +158,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict):
         """`from_single_file` does not say whether a file is quantized: this is where it shows."""
-        if self.quantization_config.weights is None and not any(is_packed_name(name) for name in state_dict):
+        if self.quantization_config.weights is None and not any(is_codes_name(name) for name in state_dict):
             self.pre_quantized = False
         return state_dict
 
@@ -245,7 +246,7 @@ class Qua2SeDiMoQuantizer(DiffusersQuantizer):
         told = self.quantization_config
         ties, on_disk = told.ties or {}, _are_on_disk(getattr(state_dict, "model", None))
         for path in [path for path in told.weights if path not in ties]:
-            codes = state_dict.get(f"{path}.codes")
+            codes = state_dict.get(f"{path}.codes", state_dict.get(f"{path}.values"))
             if codes is None:
                 raise InputError(f"{path}: is not the packed layer that it was; unload LoRAs before saving")
             if codes.is_meta or on_disk:

@@ -1,7 +1,8 @@
-"""The weight quantizers, an object for each word: UAQ, K-Means-C and K-Means-A at 2 to 8 bits.
+"""The weight quantizers, an object for each word: UAQ, affine, K-Means-C and K-Means-A at 2 to 8 bits; and full precision.
 
-The words are those of configurations and files: `mse-4`, `kmeans-3`, `kmeans_all-4`. The first two also take groups of
-inputs: in `mse-4-g64` every 64 weights of an output channel have a scale and a zero point of their own.
+The words are those of configurations and files: `mse-4`, `affine-4`, `kmeans-3`, `kmeans_all-4`. All but the last also take
+groups of inputs: in `mse-4-g64` every 64 weights of an output channel have a scale and a zero point of their own. `float`
+leaves a weight as it is.
 
 What a quantizer needs beside the weights is its *parameters*: a dict of tensors, the *tables* that decode codes among
 them, kept in the weights' own precision. Codes and quantized weights are recomputed from the float weights and the
@@ -20,13 +21,17 @@ import numpy as np
 import torch
 
 from errors import InputError
-from quant import groups, kmeans, sorted_errors, uaq
-from quant.rows import sorted_rows
+from quant import affine, groups, kmeans, sorted_errors, uaq
+from quant.rows import check, sorted_rows
 
 BITS = (4, 3)  # of the search space
 TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of scales and centroids
 ZERO_DTYPES = (torch.int8, torch.int16, torch.int32)
-POSSIBLE = "mse, kmeans and kmeans_all take 2 to 8 bits, as mse-4, and the first two groups of 2 or more inputs: mse-4-g64"
+FLOAT = "float"  # full precision
+POSSIBLE = (
+    "mse, affine, kmeans and kmeans_all take 2 to 8 bits, as mse-4, and all but the last groups of 2 or more inputs: "
+    "mse-4-g64; float is full precision"
+)
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,96 @@ class Uniform(Quantizer):
         return bool((scale > 0).all()) and uaq.has_finite_levels(scale, zero_point, self.bits)
 
 
+class Affine(Quantizer):
+    """Codes are whole numbers, scaled and shifted by a real offset; the least squared error. See quant/affine.py."""
+
+    algorithm, tables, is_affine = "affine", ("scale", "offset"), True
+
+    def fit(self, weight, statistics=None):
+        """As any quantizer's; with `statistics`, squared errors are weighted by their `diagonal`.
+
+        That is [n], the second moments of the inputs that the n weights of an output channel are multiplied by.
+        """
+        if statistics is None:
+            return super().fit(weight)
+        check(weight)
+        masses = statistics.diagonal.reshape(1, -1).expand(len(weight), -1)
+        blocks = zip(*(groups.split(each, self.group) for each in (weight.flatten(1), masses)), strict=True)
+        fitted = [self._named(affine.fit(block, [self.bits], masses=own))[self.bits] for block, own in blocks]
+        return groups.join_tables(fitted, self.group, len(weight))
+
+    @classmethod
+    def fit_block(cls, block, bits):
+        """Tables {b: {name: [R]}} of the rows of a block, in its precision."""
+        check(block.weight)
+        return cls._named(affine.fit(block.weight, bits, block.rows))
+
+    @staticmethod
+    def _named(fitted):
+        return {b: {"scale": scale, "offset": offset} for b, (scale, offset) in fitted.items()}
+
+    @staticmethod
+    def stored(tables, dtype):
+        """The fitted tables, which are in `dtype` already."""
+        return tables
+
+    def _encode(self, block, scale, offset):
+        return affine.quantize(block, scale, offset, self.bits)
+
+    def _decode(self, codes, scale, offset):
+        return affine.dequantize(codes, scale, offset)
+
+    def _apply(self, block, scale, offset):
+        return self._decode(self._encode(block, scale, offset), scale, offset)
+
+    def _row_error(self, rows, scale, offset):
+        return sorted_errors.of_affine(rows, scale, offset, self.bits)
+
+    def _are_sound(self, shape, scale, offset):
+        same = scale.dtype == offset.dtype and scale.shape == offset.shape == self.lead(shape)
+        finite = scale.is_floating_point() and bool((scale.isfinite() & offset.isfinite()).all())
+        return same and finite and bool((scale > 0).all())
+
+
+class Float(Quantizer):
+    """No quantizer: the weight stays in full precision, needs no parameters and has no error. Its codes are its values."""
+
+    algorithm, tables, optional, takes_groups = FLOAT, (), (), False
+
+    @property
+    def name(self):
+        """`float`."""
+        return FLOAT
+
+    def fit(self, weight, statistics=None):
+        """No parameters."""
+        return {}
+
+    def encode(self, weight, parameters):
+        """The weight."""
+        return weight
+
+    def decode(self, codes, parameters):
+        """The weight."""
+        return codes
+
+    def apply(self, weight, parameters):
+        """The weight."""
+        return weight
+
+    def error(self, weight, parameters):
+        """None: 0."""
+        return 0.0
+
+    def size_bytes(self, shape, precision_bits):
+        """Size of the float weight."""
+        return fp_size_bytes(shape, precision_bits)
+
+    def check(self, parameters, shape):
+        """Whether there are no `parameters`."""
+        return parameters == {}
+
+
 class ChannelKMeans(Quantizer):
     """K-Means-C: codes count through ascending centroids of the output channel, or group; see quant/kmeans.py.
 
@@ -257,9 +352,9 @@ def _is_ascending(table, shape):
     return fits and bool((table[..., 1:] >= table[..., :-1]).all() and not table.isnan().any())
 
 
-_KINDS = {kind.algorithm: kind for kind in (Uniform, ChannelKMeans, WholeKMeans)}
+_KINDS = {kind.algorithm: kind for kind in (Uniform, Affine, ChannelKMeans, WholeKMeans)}
 _WORD = re.compile(r"([a-z_]+)-([2-8])(?:-g([1-9][0-9]{0,8}))?")
-ALGORITHMS = tuple(_KINDS)  # UAQ, K-Means-C, K-Means-A
+ALGORITHMS = tuple(kind.algorithm for kind in (Uniform, ChannelKMeans, WholeKMeans))  # of the search space
 SEARCH_SPACE = tuple(f"{algorithm}-{bits}" for algorithm in ALGORITHMS for bits in BITS)  # the six of Mills et al. (2025)
 
 
@@ -273,6 +368,8 @@ def quantizer(word):
 
 @functools.lru_cache(maxsize=1024)
 def _find(word):
+    if word == FLOAT:
+        return Float(bits=0)
     match = _WORD.fullmatch(word)
     kind = match and _KINDS.get(match[1])
     if not kind:
@@ -296,7 +393,7 @@ class Block(NamedTuple):
 
 def fit(weight, words=SEARCH_SPACE):
     """Parameters {word: {table: tensor}} of several quantizers for `weight` [C, ...]: each as it would fit it alone."""
-    members, fitted = [quantizer(word) for word in words], {}
+    members, fitted = [quantizer(word) for word in words], {FLOAT: {}}
     for alike in _by_group(members):
         fitted |= _fit(alike, weight)[0]
     return {each.name: fitted[each.name] for each in members}
@@ -304,7 +401,7 @@ def fit(weight, words=SEARCH_SPACE):
 
 def fit_with_errors(weight, words=SEARCH_SPACE):
     """Parameters as `fit`, and the errors {word: float}. A weight's rows are sorted once for all words of like groups."""
-    members, fitted, told = [quantizer(word) for word in words], {}, {}
+    members, fitted, told = [quantizer(word) for word in words], {FLOAT: {}}, {FLOAT: 0.0}
     for alike in _by_group(members):
         parameters, blocks = _fit(alike, weight)
         fitted |= parameters
@@ -327,10 +424,11 @@ def _finite_error(member, weight, parameters):
 
 
 def _by_group(members):
-    """Lists of the quantizers that have the same groups."""
+    """Lists of the quantizers that have the same groups; those that are fitted."""
     alike = {}
     for each in members:
-        alike.setdefault(each.group, []).append(each)
+        if each.tables:
+            alike.setdefault(each.group, []).append(each)
     return alike.values()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from quant import uaq
+from quant import affine, uaq
 from quant.compiled import kernel
 from quant.doors import expect
 from quant.kmeans import boundaries_of
@@ -33,6 +33,15 @@ def of_uaq(rows, scale, zero_point, bits):
     return float(out.sum())
 
 
+def of_affine(rows, scale, offset, bits):
+    """The same under affine quantization."""
+    codes = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows), -1)
+    levels = affine.dequantize(codes, scale, offset).float().numpy()
+    out = np.empty(len(rows))
+    run(_of_affine, rows, scale.float().numpy(), offset.float().numpy(), levels, out)
+    return float(out.sum())
+
+
 def of_kmeans(rows, centroids):
     """The same under K-Means with `centroids` [k] or [C, k]."""
     expect("rows", rows, (None, None), np.float32)
@@ -53,6 +62,23 @@ def _of_uaq(rows, scales, zero_points, dropped, levels, out):
             while low < high:
                 middle = (low + high) // 2
                 if _code(row[middle], scales[channel], zero_points[channel], dropped) >= code:
+                    high = middle
+                else:
+                    low = middle + 1
+            starts[code] = at = low
+        out[channel] = _error(row, starts, levels[channel])
+
+
+@kernel(parallel=True, nogil=True, error_model="numpy")
+def _of_affine(rows, scales, offsets, levels, out):
+    for channel in prange(len(rows)):
+        row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
+        at = 0
+        for code in range(1, levels.shape[1]):
+            low, high = at, len(row)
+            while low < high:
+                middle = (low + high) // 2
+                if np.rint((row[middle] - offsets[channel]) / scales[channel]) >= code:
                     high = middle
                 else:
                     low = middle + 1

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autobuild.search import best_within, decisions_of_weights, shortest_sum, spare_bytes
+from autobuild.exchanges import shortest_sum
+from autobuild.limits import restricted
+from autobuild.search import spare_bytes
 from autobuild.space import SearchSpace
 from errors import InputError
 from quant.checked_files import load_content, save_content
 from quant.entries import fingerprint, fit_entry, is_entry
-from quant.registry import SEARCH_SPACE, quantizer
+from quant.registry import quantizer
 from quant.slots import free_keys
 from stages.units import as_time
 
@@ -89,17 +91,18 @@ def _fit_one(model, name, key, words, kept, device):
     model.entries[key] = entry
 
 
-def space_of(slots, precision_bits, name):
-    """The search space of a denoiser's slots, of which no graph is known."""
+def space_of(slots, precision_bits, name, methods, min_bits=(), fix=()):
+    """The search space of a denoiser's slots, of which no graph is known, as `restricted` by what is asked for."""
     sharing = {}
     for key, slot in slots.items():
         sharing.setdefault(slot.tie, []).append(key)
     shapes = [slots[keys[0]].shape for keys in sharing.values()]
-    sizes = [[quantizer(word).size_bytes(shape, precision_bits) for word in SEARCH_SPACE] for shape in shapes]
+    sizes = [[quantizer(word).size_bytes(shape, precision_bits) for word in methods] for shape in shapes]
     counts = np.array([len(keys) for keys in sharing.values()])
     fp_bytes = counts * np.array([shape.numel() * precision_bits // 8 for shape in shapes])
     sizes = counts[:, None] * np.array(sizes)
-    return SearchSpace(name, None, list(sharing.values()), fp_bytes, sizes, np.zeros(sizes.shape), precision_bits)
+    keys, known = list(sharing.values()), np.zeros(sizes.shape)
+    return restricted(SearchSpace(name, None, keys, fp_bytes, sizes, known, precision_bits, tuple(methods)), min_bits, fix)
 
 
 def check_avg_bits(space, avg_bits):
@@ -108,16 +111,14 @@ def check_avg_bits(space, avg_bits):
 
 
 def choose(space, known, avg_bits):
-    """The configuration whose shifts, of `known` {key: (changes [M], shifts [M, K])}, are found to have the shortest sum."""
-    changes, shifts = zip(*(known[keys[0]] for keys in space.keys), strict=True)
-    scores = -torch.stack(changes).numpy()
-    first = best_within(space, decisions_of_weights(space, scores), avg_bits)
-    codes = shortest_sum(space, torch.stack(shifts).float().numpy(), first, avg_bits)
-    return space.configuration(codes)
+    """(configuration, exchanges.Found) whose shifts, of `known` {key: (changes [M], shifts [M, K])}, have a short sum."""
+    shifts = torch.stack([known[keys[0]][1] for keys in space.keys]).float().numpy()
+    found = shortest_sum(space, shifts, avg_bits)
+    return space.configuration(found.codes), found
 
 
 def measure(model, name, space, replay, kept):
-    """{key: (changes [M], shifts [M, K])} of the six words for each of the model's weights, asked one after another."""
+    """{key: (changes [M], shifts [M, K])} of the space's methods for each weight, asked one after another."""
     marks = {keys[0]: model.entries[keys[0]]["fingerprint"] for keys in space.keys}
 
     def known(key):
@@ -127,7 +128,7 @@ def measure(model, name, space, replay, kept):
     done = len(space.keys) - len(left)
     start = time.monotonic()
     for number, keys in enumerate(tqdm(left, desc=f"asking {name}", unit="weight", initial=done, total=len(space.keys))):
-        kept.put(name, model.slots[keys[0]], marks[keys[0]], _measure_one(model, keys, replay))
+        kept.put(name, model.slots[keys[0]], marks[keys[0]], _measure_one(model, keys, replay, space.methods))
         if number == 0:
             told = as_time((time.monotonic() - start) * (len(left) - 1))
             tqdm.write(f"{name}: about {told} left for {len(left) - 1} weights; less with a lower --n_imgs or --calls")
@@ -136,11 +137,11 @@ def measure(model, name, space, replay, kept):
     return {keys[0]: known(keys[0]) for keys in space.keys}
 
 
-def _measure_one(model, keys, replay):
+def _measure_one(model, keys, replay, methods):
     parts = [model.parts[key] for key in keys]
     found = []
     try:
-        for word in SEARCH_SPACE:
+        for word in methods:
             for part in parts:
                 part.set_method(word, model.parameters(keys[0], word))
             found.append(replay.shift())

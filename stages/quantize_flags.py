@@ -8,6 +8,7 @@ from errors import InputError
 from models.pipelines import OFFLOADS, height_width
 from stages.common import PRECISIONS, OneLineParser, at_least, finite, seed, utf8
 from stages.sampling import resolution
+from stages.search_flags import ANY_METHODS, add_search_flags, checked_methods
 
 DEFAULT = "uniform:kmeans-4"
 DESCRIPTION = "Quantize the denoisers of any diffusers pipeline, and save it packed, for `import quant` and from_pretrained."
@@ -62,6 +63,7 @@ def _add_choice(parser):
         metavar="PATTERN",
         help="modules to leave float, such as proj_out or 'transformer_blocks.*.attn'",
     )
+    add_search_flags(parser, ANY_METHODS, "with --avg_bits")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with --avg_bits: steps of an image's way; default 5")
     parser.add_argument(
         "--sensitivity", type=Path, help="with --avg_bits: file of what the denoiser said; default beside --output"
@@ -91,8 +93,12 @@ def _complete(args):
     """Flags {name: value}, those left out filled."""
     if args.avg_bits is not None and args.config is not None:
         raise InputError("--avg_bits and --config both say which quantizers to take; give one of them")
+    idle = [name for name in ("methods", "min_bits", "fix") if getattr(args, name)] if args.avg_bits is None else ()
+    if idle:
+        raise InputError(f"--{idle[0]}: is for the search that --avg_bits asks for; give that, or leave it out")
     return {
         "config": args.config if args.config or args.avg_bits is not None else DEFAULT,
+        "methods": checked_methods(args.methods or ANY_METHODS),
         "res": None if args.res is None else height_width(args.res),
         "sensitivity": args.sensitivity or args.output.with_name(f"{args.output.name}_sensitivity.pt"),
     }

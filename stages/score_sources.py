@@ -16,6 +16,7 @@ from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant.file_keys import by_file_key
 from quant.files import atomic_write, check_writable, load_checkpoint
+from quant.slots import find_slots
 from stages import multi_chkpt, prompt_files
 from stages.common import OneLineParser, at_least, in_precision, parser_for
 from stages.library_notes import Once, library_notes
@@ -29,6 +30,7 @@ from stages.sampling import (
     settings_of,
     show_steps,
 )
+from stages.search_flags import checked_methods
 from stages.units import as_time
 
 # What sensitivities depend on; a run goes on only with the same ones.
@@ -53,7 +55,7 @@ def parser_of(stage, description, argv=None):
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
     parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with `none`: steps of that way")
-    parser.set_defaults(prompts=None)
+    parser.set_defaults(prompts=None, methods=None, min_bits=(), fix=(), max_bops=None)
     if not family.num_classes:
         parser.add_argument("--prompts", type=Path, help="with `none`: captions, a table or text; default in constants.py")
     add_sampling_flags(parser, family)
@@ -64,23 +66,57 @@ def complete(args, family):
     """Flags {name: value}, those left out filled from what is known of the model."""
     found = complete_sampling(args, family, guidance="label_guidance")
     multi_chkpt = found["multi_chkpt"]
+    found |= {"methods": checked_methods(args.methods or spaces.NAMES)}
     return found | {"sensitivity": args.sensitivity or multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.pt")}
 
 
 def load_scores(args, family, avg_bits=None):
     """The scores that --scores asks for; InputError if no configuration is within `avg_bits`, if given."""
     if args.scores != "none":
-        return learned(Path(args.scores), family, avg_bits)
+        return learned(Path(args.scores), args, family, avg_bits)
     from autobuild.scores import MeasuredScores
 
     return MeasuredScores(*measured(args, family, avg_bits))
 
 
-def learned(path, family, avg_bits):
+def restricted(space, args):
+    from autobuild import limits
+
+    return limits.restricted(space, args.min_bits, args.fix)
+
+
+def budgets_of(args, family, space):
+    """The autobuild.limits.Budgets that flags ask for beside the size: of bit operations, counted as labels have them."""
+    if args.max_bops is None:
+        return ()
+    from autobuild.limits import bops_budget
+
+    count = bops_counter(args, family)
+    budget = bops_budget(space, count, args.max_bops)
+    budget.check(space.is_known, family.name)
+    return (budget,)
+
+
+def bops_counter(args, family):
+    """A function from {file key: method} to tera-BOPs of a call for one image."""
+    from bops.bops import tera_bops
+    from bops.macs import count_macs
+    from models.pipelines import meta_denoiser
+
+    sampler = load_for(args | {"refiner_id": None}, family, pick_device("cpu"), prompts_for(args, family)[:1])
+    macs = count_macs(meta_denoiser(sampler.denoiser), sampler.denoiser_inputs(args.res))
+    slots = {slot.file_key: slot for slot in find_slots(sampler.denoiser, family.slot_rules).values()}
+    return lambda configuration: tera_bops(macs, slots, configuration)
+
+
+def learned(path, args, family, avg_bits):
     from autobuild import predictor_file
     from autobuild.scores import LearnedScores
 
+    if set(args.methods) != set(spaces.NAMES):
+        raise InputError(f"--methods: a predictor knows {', '.join(spaces.NAMES)}; leave it out, or give --scores none")
     space, states, told = predictor_file.load(path, family.name)
+    space = restricted(space, args)
     check_avg_bits(space, avg_bits)
     print(f"{path}: learned {told['target']} from {told['rows']} rows")
     return LearnedScores(space, states)
@@ -111,16 +147,21 @@ def measured(args, family, avg_bits):
     }
     flags = flags_of(args | told)
     if entries is not None:
-        check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
+        check_avg_bits(space_of(args, family, entries), avg_bits)
     check_writable(args.sensitivity)
-    known = read_measured(args.sensitivity, flags)
+    known = read_measured(args.sensitivity, flags, args.methods)
     keys = spaces.graph_and_keys(family.name)[1]
     if entries is None or any(each[0] not in known for each in keys):
         with library_notes(Once(tqdm.write)):
             entries = measure_missing(args, family, flags, device, prompts, keys, known)
     changes, shifts = zip(*(known[each[0]] for each in keys), strict=True)
-    space = spaces.of_multiquantizer(family, entries, args.multi_chkpt)
+    space = space_of(args, family, entries)
     return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
+
+
+def space_of(args, family, entries):
+    """The search space of a multiquantizer's entries, as flags restrict it."""
+    return restricted(spaces.of_multiquantizer(family, entries, args.multi_chkpt, args.methods), args)
 
 
 def measure_missing(args, family, flags, device, prompts, keys, known):
@@ -140,7 +181,9 @@ def measure_missing(args, family, flags, device, prompts, keys, known):
     start = time.monotonic()
     for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
         shared = left[place]
-        known[shared[0]] = measure([parts[key] for key in shared], entries[shared[0]]["parameters"], probe)
+        model.fit_weight(parts[shared[0]].slot.tie, args.methods)
+        parameters = entries[shared[0]]["parameters"]
+        known[shared[0]] = measure([parts[key] for key in shared], parameters, probe, args.methods)
         with atomic_write(args.sensitivity) as file:
             torch.save({"flags": flags, "weights": known}, file)
         if place == 0:
@@ -149,41 +192,44 @@ def measure_missing(args, family, flags, device, prompts, keys, known):
     return entries
 
 
-def measure(parts, parameters, probe):
+def measure(parts, parameters, probe, methods):
     """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
 
     def put(name):
         for part in parts:
-            part.set_method(name, parameters.get(name))
+            part.set_method(name, parameters.get(name, {}))
 
-    changes, shifts = zip(*(probe.shift(put, name) for name in spaces.NAMES), strict=True)
+    changes, shifts = zip(*(probe.shift(put, name) for name in methods), strict=True)
     put(None)
     return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
 
 
 def flags_of(known):
-    """Those of FLAGS, of all flags and keys, as they are kept."""
-    return {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
+    """Those of FLAGS, of all flags and keys, as they are kept; and the methods, if they are not the six of labels."""
+    kept = {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
+    return kept | {"methods": None if known["methods"] == spaces.NAMES else " ".join(known["methods"])}
 
 
-def read_measured(path, flags):
+def read_measured(path, flags, methods=spaces.NAMES):
     """{key: (changes, shifts)} that was measured before, with the same flags, as `flags_of` has them."""
     if not path.exists():
         return {}
     kept = load_checkpoint(path)
-    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and are_measured(kept["weights"])):
+    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and isinstance(kept["flags"], dict)):
         raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
     for flag, value in flags.items():
         if kept["flags"].get(flag) != value:
             raise InputError(
                 f"{path}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; give another --sensitivity"
             )
+    if not are_measured(kept["weights"], len(methods)):
+        raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
     return kept["weights"]
 
 
-def are_measured(weights):
-    """Whether `weights`, read from a file, are {key: what `measure` returns}."""
-    counts = [len(spaces.NAMES)] * 2
+def are_measured(weights, count):
+    """Whether `weights`, read from a file, are {key: what `measure` returns of `count` methods}."""
+    counts = [count] * 2
     return isinstance(weights, dict) and all(
         isinstance(each, tuple) and [len(tensor) for tensor in each if torch.is_tensor(tensor)] == counts
         for each in weights.values()

@@ -29,9 +29,10 @@ CHUNK = 2**18  # numbers computed together, which stay in the processor's cache
 def decode(codes, table, zero, bits, count, group=0):
     """Weights [C, count], in the table's dtype, of packed rows `codes` (uint8 [C, B], see quant/packing.py).
 
-    `table`: with `zero`, the scales of UAQ, [C] or [C, G]; without, centroids, [k] for all rows, [C, k] for each or
-    [C, G, k] for each group of `group` weights along a row (0: the row is one group). `zero`: zero points, as the
-    scales, of an integer dtype.
+    `table`: with `zero`, the scales of UAQ or of affine quantization, [C] or [C, G]; without, centroids, [k] for all rows,
+    [C, k] for each or [C, G, k] for each group of `group` weights along a row (0: the row is one group). `zero`, as the
+    scales: zero points of an integer dtype, weights being (code - zero) x scale; or of the table's, offsets: code x scale
+    + zero.
     """
     return torch.ops.qua2sedimo.decode(codes, table, zero, bits, count, group)
 
@@ -45,8 +46,13 @@ def levels_of(table, zero, bits, rows):
 
 
 def _uniform(codes, bits, scale, zero):
-    """(codes - zero) x scale, each step rounded to the dtype of `scale`; computed wider, where processors are faster."""
+    """(codes - zero) x scale, each step rounded to the dtype of `scale`; computed wider, where processors are faster.
+
+    With offsets codes x scale + zero, rounded once.
+    """
     dtype, wide = scale.dtype, codes.dtype
+    if zero.is_floating_point():
+        return (codes * scale.to(wide)).add_(zero.to(wide)).to(dtype)
     if zero.dtype == torch.int8 and bits < 8:  # differences of at most 8 bits and a sign, which every dtype holds
         differences = codes - zero.to(wide)
     else:
@@ -113,7 +119,7 @@ def _decode_cuda(codes, table, zero, bits, count, group):
 
 
 def _compute(codes, scale, zero, bits, count, group):
-    """Weights [C, count] of UAQ in groups, in the dtype of the scales [C, G]."""
+    """Weights [C, count] of UAQ or affine in groups, in the dtype of the scales [C, G]."""
     identity = torch.arange(2**bits).to(torch.uint8).view(1, 1, -1)
     numbers = look_up(torch.empty(len(codes), count, dtype=torch.uint8), codes, identity, bits)
     numbers = F.pad(numbers, (0, -count % group)).unflatten(1, (-1, group))

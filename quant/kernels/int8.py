@@ -4,9 +4,9 @@ With x = s (q + z) for a token and w = t (p + u) for an output channel, q and p 
 
     y = s t (sum q p + u (sum q + n z) + z sum p) + bias
 
-where only sum q p is a product of matrices. For UAQ p are the codes, shifted. For codebooks p are the centroids, rounded
-to 255 levels between the smallest and the largest of them: steps that are small beside the distances of up to 2^6
-centroids; wider codebooks are not taken.
+where only sum q p is a product of matrices. For UAQ and affine quantization p are the codes, shifted. For codebooks p are
+the centroids, rounded to 255 levels between the smallest and the largest of them: steps that are small beside the distances
+of up to 2^6 centroids; wider codebooks are not taken.
 """
 
 import functools
@@ -35,7 +35,7 @@ def has_units():
 
 
 def takes(input, zero, bits):
-    """Whether `linear` is to be had for this input, with UAQ (`zero` not None) or a codebook of so many bits."""
+    """Whether `linear` is to be had for this input, with scales (`zero` not None) or a codebook of so many bits."""
     return has_units() and input.dtype in DTYPES and input.numel() > 0 and (zero is not None or bits <= MAX_CODEBOOK_BITS)
 
 
@@ -103,7 +103,8 @@ def _integer_levels(table, zero, bits, channels):
     if zero is not None:
         half = 2 ** (bits - 1)
         levels = torch.arange(-half, half).to(torch.int8).view(1, 1, -1)
-        return levels, table.float().view(-1).contiguous(), half - zero.float().view(-1)
+        scale, zero_or_offset = table.float().view(-1).contiguous(), zero.float().view(-1)
+        return levels, scale, half + zero_or_offset / scale if zero.is_floating_point() else half - zero_or_offset
     levels, scale, shift = round_codebooks(table.float().view(-1, table.shape[-1]))
     return levels[:, None], scale.expand(channels).contiguous(), shift.expand(channels).contiguous()
 

@@ -17,6 +17,7 @@ from quant.packing import group_of
 
 ROWS, COLUMNS = 32, 128  # of a tile that is decoded to floats
 MOST_COLUMNS = 2048  # of a row that is decoded to int8 at a time
+ZEROS, OFFSETS = tl.constexpr(1), tl.constexpr(2)  # AFFINE, what there is beside scales; 0: there are codebooks
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of tables and of outputs
 
 
@@ -43,15 +44,21 @@ def unpacked(packed, row_bytes, rows, first, channels, BITS: tl.constexpr, PER: 
 
 @triton.jit
 def rounded_zero(zero, dtype: tl.constexpr):
-    """Zero points as the tables' dtype holds them, in float32."""
+    """Zero points, or offsets, as the tables' dtype holds them, in float32."""
     return zero.to(tl.float32).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def affine(codes, scale, zero):
-    """(code - zero) x scale, both rounded to the scale's dtype; `zero` as `rounded_zero` gives it."""
-    steps = (codes.to(tl.float32) - zero).to(scale.dtype).to(tl.float32)
-    return (steps * scale.to(tl.float32)).to(scale.dtype)
+def affine(codes, scale, zero, AFFINE: tl.constexpr):
+    """(code - zero) x scale, both rounded to the scale's dtype; `zero` as `rounded_zero` gives it.
+
+    With offsets code x scale + zero, which a GPU may round once where the CPU rounds float32 twice.
+    """
+    if AFFINE == OFFSETS:
+        values = codes.to(tl.float32) * scale.to(tl.float32) + zero
+    else:
+        values = (codes.to(tl.float32) - zero).to(scale.dtype).to(tl.float32) * scale.to(tl.float32)
+    return values.to(scale.dtype)
 
 
 @triton.jit
@@ -87,7 +94,7 @@ def weights(
 ):
     """Weights [R, COLUMNS], in the table's dtype, of the channels `rows` [R] from code `first` on; 0 past the end.
 
-    `scale` and `shift` are those of `row_tables`, `last` the last index of a codebook. AFFINE: scales and zero points;
+    `scale` and `shift` are those of `row_tables`, `last` the last index of a codebook. AFFINE: scales and ZEROS or OFFSETS;
     SHARED: one codebook for all rows; GROUP weights of a row have a table of their own, 0: all.
     """
     codes = unpacked(packed, row_bytes, rows, first, channels, BITS, PER, COLUMNS)
@@ -97,9 +104,9 @@ def weights(
     own = row * tl.cdiv(count, GROUP) + column // GROUP if GROUP else row
     if AFFINE and GROUP:
         scales = tl.load(table + own, inside, 0)
-        values = affine(codes, scales, rounded_zero(tl.load(zero + own, inside, 0), scales.dtype))
+        values = affine(codes, scales, rounded_zero(tl.load(zero + own, inside, 0), scales.dtype), AFFINE)
     elif AFFINE:
-        values = tl.where(inside, affine(codes, scale[:, None], shift[:, None]), 0)
+        values = tl.where(inside, affine(codes, scale[:, None], shift[:, None], AFFINE), 0)
     else:
         own = (0 if SHARED else own * (last + 1)) + tl.minimum(codes, last)
         values = tl.load(table + own, inside, 0)
@@ -140,12 +147,13 @@ def decode_to_floats(
 def int8_form(table, zero, rows, channels, last, BITS: tl.constexpr, AFFINE: tl.constexpr, SHARED: tl.constexpr):
     """Float32 a and m [R] of w = a c + m for whole numbers c, -128 to 127, of each channel of `rows` [R].
 
-    UAQ's c is its code less 2^(BITS - 1). A codebook's c is the nearest of 255 steps between its ends.
+    With scales c is the code less 2^(BITS - 1). A codebook's c is the nearest of 255 steps between its ends.
     """
     if AFFINE:
         scale, shift = row_tables(table, zero, rows, channels, AFFINE, 0)
         a = scale.to(tl.float32)
-        m = a * ((1 << (BITS - 1)) - shift)
+        half = 1 << (BITS - 1)
+        m = a * half + shift if AFFINE == OFFSETS else a * (half - shift)
     else:
         level = tl.minimum(tl.arange(0, 1 << BITS), last)[None, :]
         own = rows[:, None] * (0 if SHARED else last + 1)
@@ -249,7 +257,7 @@ def packed_arguments(codes, table, zero, bits, count, group):
     devices = {each.device for each in (codes, table, zero) if each is not None}
     if len(devices) > 1:
         raise ValueError(f"packed codes and tables are on {', '.join(sorted(map(str, devices)))}, not on one device")
-    affine = zero is not None
+    affine = 0 if zero is None else (OFFSETS if zero.is_floating_point() else ZEROS).value
     tensors = codes.contiguous(), table.contiguous(), zero.contiguous() if affine else table
     numbers = {"channels": len(codes), "row_bytes": codes.shape[1], "last": 0 if affine else table.shape[-1] - 1}
     constants = {"BITS": bits, "PER": group_of(bits)[0], "AFFINE": affine, "SHARED": not affine and table.ndim == 1}
@@ -286,7 +294,7 @@ def tables_group(group, count):
 def decode_int8(codes, table, zero, bits, count):
     """Whole numbers c (int8 [C, count]) and a, m and the sum of c of each channel (float32 [3, C]): w = a c + m.
 
-    Of UAQ these are the weights but for the rounding to the tables' dtype. Of a codebook they are the nearest of 255
+    Of scales these are the weights but for the rounding to the tables' dtype. Of a codebook they are the nearest of 255
     steps between its least and its largest level.
     """
     tensors, arguments = packed_arguments(codes, table, zero, bits, count, 0)

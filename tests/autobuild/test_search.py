@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from small_space import small_space
 
-from autobuild import search
+from autobuild import exchanges, search
 from autobuild import space as spaces
 from errors import InputError
 from evaluation import quant_cache
@@ -92,13 +92,13 @@ def test_no_exchange_of_two_weights_shortens_the_sum_of_shifts(space, seed):
     shifts = np.random.default_rng(seed).normal(size=(len(space.keys), 6, 20)) * np.sqrt(space.errors)[..., None]
     changes = (shifts**2).sum(axis=2)
     first = search.best_within(space, search.decisions_of_weights(space, -changes), 3.8)
-    codes = search.shortest_sum(space, shifts, first, 3.8)
+    codes = exchanges.shortest_sum(space, shifts, 3.8).codes
     rows = np.arange(len(codes))
     length = (shifts[rows, codes].sum(axis=0) ** 2).sum()
     assert space.avg_bits(codes) <= 3.8
     assert length < (shifts[rows, first].sum(axis=0) ** 2).sum()
     least = min(each for each, avg_bits in lengths_after(space, shifts, codes, 2) if avg_bits <= 3.8)
-    assert length == pytest.approx(least, rel=search.LEAST_GAIN)
+    assert length == pytest.approx(least, rel=exchanges.LEAST_GAIN)
 
 
 def test_shifts_that_cancel_are_found(space):
@@ -108,7 +108,7 @@ def test_shifts_that_cancel_are_found(space):
     shifts[[0, 1, 2, 4, 5, 6, 8, 9, 10]] *= 0.01
     first = search.best_within(space, search.decisions_of_weights(space, -(shifts**2).sum(axis=2)), 6)
     assert (first[3], first[7]) != (1, 5)
-    codes = search.shortest_sum(space, shifts, first, 6)
+    codes = exchanges.shortest_sum(space, shifts, 6).codes
     assert (codes[3], codes[7]) == (1, 5)
 
 

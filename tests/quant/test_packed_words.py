@@ -10,6 +10,7 @@ from quant.registry import quantizer
 
 # Inputs of the small PixArt's layers are no multiples of 5, so that groups end in shorter ones.
 WORDS = ("mse-2", "mse-7", "mse-8", "kmeans-5", "kmeans_all-6", "mse-4-g8", "mse-3-g5", "kmeans-2-g16", "kmeans-3-g5")
+WORDS += ("affine-3", "affine-8", "affine-4-g8", "affine-3-g5")
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -32,7 +33,12 @@ def test_packed_computes_what_the_quantized_weights_compute_and_is_loaded_again(
 
 
 @pytest.mark.parametrize(
-    ("word", "tables"), [("mse-4-g8", (("table", (4, 3)), ("zero", (4, 3)))), ("kmeans-3-g8", (("table", (4, 3, 8)),))]
+    ("word", "tables"),
+    [
+        ("mse-4-g8", (("table", (4, 3)), ("zero", (4, 3)))),
+        ("kmeans-3-g8", (("table", (4, 3, 8)),)),
+        ("affine-3-g8", (("table", (4, 3)), ("offset", (4, 3)))),
+    ],
 )
 def test_tables_of_groups_by_hand(word, tables):
     """20 inputs are two groups of 8 and one of 4; 4 bits take 10 bytes a row, 3 bits 9."""

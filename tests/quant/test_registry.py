@@ -8,8 +8,10 @@ from errors import InputError
 from quant import kmeans, registry, uaq
 from quant.registry import quantizer
 
-WIDTHS = [f"{algorithm}-{bits}" for algorithm in registry.ALGORITHMS for bits in range(2, 9)]
+ALGORITHMS = (*registry.ALGORITHMS, "affine")
+WIDTHS = [f"{algorithm}-{bits}" for algorithm in ALGORITHMS for bits in range(2, 9)]
 GROUPED = ["mse-4-g16", "kmeans-3-g16", "mse-8-g7", "kmeans-4-g7", "kmeans-2-g39", "mse-3-g40", "kmeans-4-g64", "mse-2-g2"]
+GROUPED += ["affine-3-g16", "affine-8-g7", "affine-4-g39"]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,26 @@ def test_words(word):
     "word",
     [
         *("mse-1", "mse-9", "mse-04", "mse", "mse-4-g1", "mse-4-g0", "mse-4-g064", "mse-4-g", "mse-4-64"),
-        *("kmeans_all-4-g64", "MSE-4", "mse-4 ", "mse-4\n", "mse-\u0664", "other-4", "", None, 4, ["mse-4"]),
+        *(
+            "kmeans_all-4-g64",
+            "float-16",
+            "float-g64",
+            "MSE-4",
+            "mse-4 ",
+            "mse-4\n",
+            "mse-\u0664",
+            "other-4",
+            "",
+            None,
+            4,
+            ["mse-4"],
+        ),
     ],
 )
 def test_unknown_words_are_refused_with_the_possible_ones(word):
-    with pytest.raises(InputError, match=r"^unknown quantizer .*mse, kmeans and kmeans_all take 2 to 8 bits.*mse-4-g64"):
+    with pytest.raises(
+        InputError, match=r"^unknown quantizer .*mse, affine, kmeans and kmeans_all take 2 to 8 bits.*mse-4-g64"
+    ):
         quantizer(word)
 
 
@@ -88,7 +105,7 @@ def test_error_is_the_same_measure_for_all(weight, fitted):
 
 def test_more_bits_and_finer_grain_lower_the_error(weight, fitted):
     errors = {word: quantizer(word).error(weight, parameters) for word, parameters in fitted.items()}
-    for algorithm in registry.ALGORITHMS:
+    for algorithm in ALGORITHMS:
         for more, fewer in itertools.pairwise(range(8, 1, -1)):
             assert errors[f"{algorithm}-{more}"] <= errors[f"{algorithm}-{fewer}"]
         assert errors[f"{algorithm}-5"] < 0.3 * errors[f"{algorithm}-4"] < 0.1 * errors[f"{algorithm}-3"]
@@ -104,6 +121,9 @@ def test_more_bits_and_finer_grain_lower_the_error(weight, fitted):
         ("kmeans-4", 512 + 512),
         ("kmeans_all-3", 384 + 16),
         ("mse-8", 1024 + 64),
+        ("affine-4", 512 + 64),
+        ("affine-4-g16", 512 + 64 * 4),
+        ("float", 2048),
         ("mse-5", 640 + 64),
         ("kmeans-2", 256 + 16 * 4 * 2),
         ("kmeans_all-8", 1024 + 512),

@@ -6,7 +6,17 @@ from quant import registry, sorted_errors
 from quant.power import sum_of_powers
 from quant.registry import quantizer
 
-WORDS = (*registry.SEARCH_SPACE, "mse-8", "kmeans-6", "kmeans_all-7", "mse-4-g64", "kmeans-3-g50", "mse-2-g500")
+WORDS = (
+    *registry.SEARCH_SPACE,
+    "mse-8",
+    "kmeans-6",
+    "kmeans_all-7",
+    "mse-4-g64",
+    "kmeans-3-g50",
+    "mse-2-g500",
+    "affine-4",
+    "affine-8-g64",
+)
 
 
 def weights():

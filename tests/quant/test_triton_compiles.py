@@ -24,7 +24,7 @@ POINTERS = {
     torch.int8: "*i8",
     torch.int32: "*i32",
 }
-UAQ, CHANNEL, WHOLE = "UAQ", "K-Means-C", "K-Means-A"
+UAQ, AFFINE, CHANNEL, WHOLE = "UAQ", "affine", "K-Means-C", "K-Means-A"
 OUTPUTS, DEPTH = 1152, 4608
 
 
@@ -35,8 +35,8 @@ def cache(monkeypatch, tmp_path):
 
 def weight(kind, bits, dtype=torch.float16, group=0):
     lead = (OUTPUTS, DEPTH // group) if group else (OUTPUTS,)
-    shape = {UAQ: lead, CHANNEL: (*lead, 2**bits), WHOLE: (2**bits,)}[kind]
-    zero = torch.zeros(lead, dtype=torch.int8) if kind == UAQ else None
+    shape = {UAQ: lead, AFFINE: lead, CHANNEL: (*lead, 2**bits), WHOLE: (2**bits,)}[kind]
+    zero = {UAQ: torch.zeros(lead, dtype=torch.int8), AFFINE: torch.zeros(lead, dtype=dtype)}.get(kind)
     return torch.zeros(OUTPUTS, row_bytes(DEPTH, bits), dtype=torch.uint8), torch.ones(shape, dtype=dtype), zero
 
 
@@ -132,6 +132,8 @@ def test_products_of_large_shapes(capability, tmp_path):
     [
         (UAQ, 4, torch.float16, 0),
         (UAQ, 3, torch.bfloat16, 64),
+        (AFFINE, 4, torch.float16, 0),
+        (AFFINE, 3, torch.bfloat16, 64),
         (CHANNEL, 4, torch.float16, 0),
         (WHOLE, 3, torch.bfloat16, 0),
         (CHANNEL, 8, torch.float32, 0),

@@ -18,7 +18,7 @@ from quant.kernels import shapes, triton_decode, triton_fused, triton_int8
 from quant.kernels.decode import _decode_anywhere, _decode_cuda, decode
 from quant.packing import pack_rows, unpack_rows
 
-UAQ, CHANNEL, WHOLE = "UAQ", "K-Means-C", "K-Means-A"
+UAQ, AFFINE, CHANNEL, WHOLE = "UAQ", "affine", "K-Means-C", "K-Means-A"
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 CASES = {}
 
@@ -42,7 +42,11 @@ def packed_weight(kind, bits, channels, count, group=0, dtype=HALF):
     levels = 2**bits - (kind == CHANNEL)  # a codebook may be shorter than its codes reach
     codes = torch.randint(0, levels, (channels, count), dtype=torch.uint8, generator=generator)
     zero = None
-    if kind == UAQ:
+    if kind == AFFINE:
+        table = (torch.rand(lead, generator=generator) * 0.01 + 0.01).frexp().exponent.float().exp2()
+        # Multiples of the scale that any table holds: nothing is rounded, see `decodes_exactly`; FMA or not.
+        zero = (torch.randint(-5, 3, lead, generator=generator) * table / 2).to(dtype)
+    elif kind == UAQ:
         table = torch.rand(lead, generator=generator) * 0.01 + 0.01
         table = table.frexp().exponent.float().exp2() if dtype == BFLOAT else table  # see `decodes_exactly`
         zero = torch.randint(-3, 2**bits + 3, lead, dtype=torch.int16, generator=generator)
@@ -61,11 +65,19 @@ def on(device, *tensors):
 
 
 KINDS = (UAQ, CHANNEL, WHOLE)
+OFFSETS = (
+    (AFFINE, 4, HALF, 0),
+    (AFFINE, 3, BFLOAT, 0),
+    (AFFINE, 8, FLOAT, 0),
+    (AFFINE, 3, HALF, 40),
+    (AFFINE, 5, FLOAT, 32),
+)
 
 
 @case(*itertools.product(KINDS, (4, 3), (HALF, BFLOAT), (0,)), (UAQ, 2, HALF, 0), (WHOLE, 8, FLOAT, 0))
 @case((UAQ, 4, HALF, 32), (UAQ, 3, HALF, 40), (CHANNEL, 4, FLOAT, 24), (CHANNEL, 3, HALF, 64))
 @case((UAQ, 5, HALF, 0), (CHANNEL, 6, HALF, 0), (WHOLE, 7, FLOAT, 0))
+@case(*OFFSETS)
 @case(*itertools.product(KINDS, (2, 8), (HALF, BFLOAT), (0,)), *itertools.product(KINDS, (4, 3), (FLOAT,), (0,)))
 def decodes_exactly(device, kind, bits, dtype, group):
     """To the last bit, at odd sizes and at whole tiles, also to another dtype.
@@ -109,7 +121,7 @@ def codes_beyond_a_short_table_are_its_last(device):
 
 
 @case(*itertools.product(KINDS, (4, 3), (HALF,)), (UAQ, 2, BFLOAT), (CHANNEL, 4, BFLOAT), (UAQ, 8, FLOAT))
-@case(*itertools.product(KINDS, (4, 3), (FLOAT,)), (CHANNEL, 8, HALF))
+@case(*itertools.product(KINDS, (4, 3), (FLOAT,)), (CHANNEL, 8, HALF), (AFFINE, 4, HALF), (AFFINE, 8, FLOAT))
 def decodes_to_int8(device, kind, bits, dtype):
     for channels, count in ((3, 1), (5, 137), (2, 4100)):
         packed, table, zero = packed_weight(kind, bits, channels, count, dtype=dtype)
@@ -117,7 +129,7 @@ def decodes_to_int8(device, kind, bits, dtype):
         weight = decoded(packed, table.double(), zero, bits, count)
         assert torch.equal(total, c.sum(dim=1).float())
         restored = a.double()[:, None] * c + m.double()[:, None]
-        if kind == UAQ:
+        if kind in (UAQ, AFFINE):
             assert torch.equal(c, (unpack_rows(packed, bits, count).int() - 2 ** (bits - 1)).to(torch.int8))
             torch.testing.assert_close(restored, weight, rtol=0, atol=1e-6 * float(weight.abs().max()))
         else:
@@ -169,6 +181,7 @@ ONE, FEW, ODD, MANY = (1, 300, 33), (17, 137, 70), (65, 256, 64), (130, 100, 130
 
 @case(*itertools.product(KINDS, (4, 3), (ONE, FEW), (0,)), (UAQ, 4, FEW, 32), (CHANNEL, 3, FEW, 40))
 @case((UAQ, 4, ODD, 0), (CHANNEL, 3, MANY, 0), (UAQ, 8, ONE, 0), (UAQ, 5, FEW, 0))
+@case((AFFINE, 4, FEW, 0), (AFFINE, 3, ONE, 0), (AFFINE, 4, FEW, 32))
 def fused_equals_the_decoded_layer(device, kind, bits, shape, group):
     rows, depth, outputs = shape
     x, weight = random_input(rows, depth, dtype=HALF), packed_weight(kind, bits, outputs, depth, group)
@@ -183,6 +196,7 @@ def fused_equals_the_decoded_layer(device, kind, bits, shape, group):
 @case(*itertools.product(KINDS, (4, 3), (ONE,), (8,)), (CHANNEL, 3, ONE, 6), (CHANNEL, 8, ONE, 8))
 @case((UAQ, 4, FEW, 8))
 @case((UAQ, 4, MANY, 8), (WHOLE, 3, ODD, 8), (UAQ, 8, FEW, 8), (CHANNEL, 3, FEW, 6))
+@case((AFFINE, 4, FEW, 8), (AFFINE, 3, ONE, 8), (AFFINE, 4, MANY, 8))
 def whole_numbers_are_multiplied_exactly(device, kind, bits, shape, act_bits):
     """Float32 outputs are those of the quantized tokens and weights to some 1e-7 of the sum of the terms' sizes."""
     rows, depth, outputs = shape
@@ -190,7 +204,7 @@ def whole_numbers_are_multiplied_exactly(device, kind, bits, shape, act_bits):
     x[0] = 1000 + x[0] * 0.3
     x[-1] = x[-1] if rows == 1 else -2.75
     weight, bias = packed_weight(kind, bits, outputs, depth, dtype=FLOAT), random_input(outputs, dtype=FLOAT)
-    if weight[2] is not None:
+    if kind == UAQ:
         weight[2][1] = -2000  # a narrow channel, far from zero
     out = triton_int8.int8_linear(*on(device, x, *weight), bits, act_bits, *on(device, bias)).cpu()
     scale, zero = (t.double() for t in _token_range(x, 2**act_bits - 1))
