@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from errors import InputError
-from quant import groups, kmeans, sorted_errors, uaq
+from quant import groups, kmeans, sorted_errors, uaq, weighted
 from quant.rows import sorted_rows
 
 BITS = (4, 3)  # of the search space
@@ -50,10 +50,15 @@ class Quantizer:
         """Parameters {table: tensor} for `weight` [C, ...], in its precision; ValueError if it has NaN or infinities.
 
         Scales and zero points have shape [C], centroids [C, k], with groups [C, G] and [C, G, k], G = ceil(n / group) for
-        n weights per channel; of K-Means-A [k]. k = min(2^bits, weights that share a codebook). `statistics` of the
-        layer's inputs are for quantizers that weigh errors by them: none of these does.
+        n weights per channel; of K-Means-A [k]. k = min(2^bits, weights that share a codebook). `statistics`, the
+        Moments of the inputs (quant/calibration.py), weigh each weight's squared error by its input's second moment.
         """
-        return _fit([self], weight)[0][self.name]
+        if statistics is None:
+            return _fit([self], weight)[0][self.name]
+        importance = groups.split(weighted.importance(weight, statistics), self.group)
+        blocks = zip(groups.split(weight, self.group), importance, strict=True)
+        tables = groups.join_tables([self.fit_weighted(*block) for block in blocks], self.group, len(weight))
+        return self.stored(tables, weight.dtype)
 
     def encode(self, weight, parameters):
         """Codes (uint8, shape of `weight`): the parameters' own, or the nearest levels."""
@@ -153,6 +158,11 @@ class Uniform(Quantizer):
         """The fitted tables as files hold them: scales in `dtype`, zero points as integers."""
         return uaq.stored(**tables, dtype=dtype)
 
+    def fit_weighted(self, block, importance):
+        """Tables {name: [R]} of the rows of a block, in its search's precision, by the importance of each weight."""
+        scale, zero_point = uaq.fit(block, self.bits, importance)
+        return {"scale": scale, "zero_point": zero_point}
+
     def _encode(self, block, scale, zero_point):
         return uaq.quantize(block, scale, zero_point, self.bits).to(torch.uint8)
 
@@ -188,6 +198,10 @@ class ChannelKMeans(Quantizer):
     def stored(tables, dtype):
         """The fitted table as files hold it: centroids in `dtype`."""
         return {"centroids": tables["centroids"].to(dtype)}
+
+    def fit_weighted(self, block, importance):
+        """Tables {"centroids": [R, k]} of the rows of a block, by the importance of each weight."""
+        return {"centroids": weighted.fit_per_channel(block, importance, self.bits)}
 
     def levels(self, shape):
         """Centroids of a codebook: 2^b, or as many as weights share it if these are fewer."""
@@ -230,6 +244,10 @@ class WholeKMeans(ChannelKMeans):
     def fit_block(block, bits):
         """Tables {b: {"centroids": [k]}} of a weight, in its search's precision."""
         return {b: {"centroids": found} for b, found in kmeans.fit_whole(block.weight, bits, block.rows).items()}
+
+    def fit_weighted(self, block, importance):
+        """Tables {"centroids": [k]} of a weight, by the importance of each number in it."""
+        return {"centroids": weighted.fit_whole(block, importance, self.bits)}
 
     def lead(self, shape):
         """Shape of the codebooks: one for the whole weight."""
