@@ -7,11 +7,11 @@ tr((W - W') E[x x^T] (W - W')^T): quant/compensation.py rounds by it, and quanti
     moments = collect(denoiser, model.slots, calls, folder)
     model.calibrate(moments, configuration)
 
-The module is heard as it is, so calibrate it before it is quantized. Inputs of a Linear are its rows; of a convolution,
-the patches that its kernel sees, padding included, in the order of weight.reshape(C, -1). A part of a split weight has
-the moments of its own input channels; tied weights, those of the layer whose weight is shared. Grouped convolutions have
-no moments: each of their output channels sees other inputs. They, and layers that no call reaches, stay as they are
-rounded without.
+The module is heard as it is: in full precision, or quantized, when its inputs are those of its own way. Inputs of a
+Linear are its rows; of a convolution, the patches that its kernel sees, padding included, in the order of
+weight.reshape(C, -1). A part of a split weight has the moments of its own input channels; tied weights, those of the
+layer whose weight is shared. Grouped convolutions have no moments: each of their output channels sees other inputs.
+They, and layers that no call reaches, stay as they are rounded without.
 
 What several layers are fed with, as the queries, keys and values of an attention, is summed once. Layers are taken
 in groups whose matrices fit a budget of memory, each by all calls anew.
@@ -289,6 +289,28 @@ class MomentsFolder(Mapping):
         with atomic_write(self._path(self.slots[key].file_key)) as file:
             torch.save({"format": FORMAT, "depends_on": self.depends_on} | content, file)
         self.found[key] = True
+
+
+class Averaged(Mapping):
+    """{WeightKey: Moments} over the inputs of several collections together, of as many calls each."""
+
+    def __init__(self, *collections):
+        self.collections = collections
+
+    def __contains__(self, key):
+        return all(key in each for each in self.collections)
+
+    def __iter__(self):
+        return (key for key in self.collections[0] if key in self)
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __getitem__(self, key):
+        parts = [each[key] for each in self.collections]
+        count = sum(part.count for part in parts)
+        second = sum(part.second * (part.count / count) for part in parts)
+        return Moments(second, sum(part.mean * (part.count / count) for part in parts), count)
 
 
 def _weights_mark(module):

@@ -36,25 +36,30 @@ def layers_of_text(module, layers, call):
     """Paths of those of `layers` {path: module} whose inputs [B, T, n] are the tokens of the text.
 
     The module is called twice, the second time with a masked token more: T grows by one in these layers alone, whatever
-    number of tokens a picture has. None where the text has no mask.
+    number of tokens a picture has. None of them where the text has no mask; where the module takes no longer text, those
+    whose inputs are as many as its tokens.
     """
     plain = _token_counts(module, layers, call, more=0)
     if plain is None:
         return frozenset()
-    longer = _token_counts(module, layers, call, more=1)
-    return frozenset(path for path in plain if longer.get(path) == plain[path] + 1)
+    try:
+        longer = _token_counts(module, layers, call, more=1)
+    except Exception:  # whatever a forward does with a length that it does not expect
+        return frozenset(path for path, count in plain.items() if count == plain[TEXT])
+    return frozenset(path for path in plain if path != TEXT and longer.get(path) == plain[path] + 1)
 
 
 def _token_counts(module, layers, call, more):
-    """{path: T} of the layers with inputs [B, T, n], of a call whose text has so many `more` tokens; None without a mask."""
-    counts, masked = {}, []
+    """{path: T} of the layers with inputs [B, T, n], in a call whose text has so many `more` tokens, T of which is there
+    too as TEXT, before any is added; None where the text has no mask."""
+    counts = {}
 
     def lengthen(module, args, kwargs):
         arguments = by_name(module, args, kwargs)
         name, mask = text_mask(arguments)
         if name is None:
             return None
-        masked.append(name)
+        counts[TEXT] = arguments[TEXT].shape[1]
         changes = {TEXT: F.pad(arguments[TEXT], (0, 0, 0, more)), name: F.pad(mask, (0, more))}
         return (), arguments | changes
 
@@ -71,4 +76,4 @@ def _token_counts(module, layers, call, more):
     finally:
         for handle in handles:
             handle.remove()
-    return counts if masked else None
+    return counts if TEXT in counts else None
