@@ -25,7 +25,7 @@ class WeightPart:
 
     def __init__(self, layer, slot):
         self.layer, self.slot = layer, slot
-        self.method = None  # full precision
+        self.method = self.parameters = None  # full precision
 
     @torch.no_grad()
     def set_method(self, name, parameters=None):
@@ -38,7 +38,7 @@ class WeightPart:
                 quantized = quantizer(name).apply(original, on_device(original.device, parameters))
                 self.layer.keep_original()
                 self.slot.part_of(self.layer.own_weight()).copy_(quantized)
-            self.method = name
+            self.method, self.parameters = name, parameters
             self.layer.drop_original()
 
     @property

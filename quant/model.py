@@ -4,6 +4,7 @@
     model.fit(["mse-4", "kmeans-3"])                # scales, zero points, centroids; the module is as it was
     model.apply("mse-4")                            # its weights hold quantized values; another method may follow
     model.restore()                                 # or full precision again
+    model = model.calibrate(moments, "mse-4")       # or rounded by what its layers are fed with; see quant/calibration.py
     model.pack({**model.uniform("mse-4"), ...})     # or packed codes alone, for good
 
 The module keeps its class and its place; only its weight layers are replaced in it.
@@ -15,14 +16,15 @@ from tqdm import tqdm
 
 from errors import InputError
 from quant import config
-from quant.entries import fit_entry
-from quant.exchangeable import install
+from quant.calibrated import calibrated
+from quant.entries import fit_entry, make_entry
+from quant.exchangeable import install, on_device
 from quant.joined import is_fused
 from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
 from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
-from quant.registry import FLOAT, SEARCH_SPACE
+from quant.registry import FLOAT, SEARCH_SPACE, quantizer
 from quant.slots import SlotRules, find_slots, free_keys, ties_of
 
 SHOWN_AFTER_SECONDS = 2  # a bar
@@ -122,6 +124,29 @@ class QuantizedModel:
         for each in ("parameters", "errors"):
             known[each] = known[each] | entry[each]
 
+    @torch.no_grad()
+    def calibrate(self, moments, configuration, levels=None, rounding=None, show=True):
+        """A model of the same module whose methods of a configuration are calibrated by `moments` {key: Moments}.
+
+        Those are `collect`ed (quant/calibration.py) of the module in full precision. Each weight's entry has the one method
+        that the configuration gives it: with `levels` its tables are fitted by the moments, with `rounding` it has codes
+        that compensate errors (quant/compensation.py); None is what pays for the algorithm. A weight without moments is
+        as it was. InputError for moments of other inputs than a weight's.
+        """
+        configuration, entries = self.configuration(configuration), {}
+        for key in self._bar(free_keys(self.slots), "calibrating", show):
+            own, weight, method = moments.get(key), self.weight(key), quantizer(configuration[key])
+            parameters = on_device(weight.device, self.parameters(key, method.name))
+            if own is not None and method.tables:
+                try:
+                    parameters = calibrated(weight, method, parameters, own, levels, rounding)
+                except ValueError as reason:
+                    raise InputError(f"{key}: {reason}") from None
+            entries[key] = make_entry(weight, {method.name: parameters})
+        model = QuantizedModel.of_slots(self.module, self.slots, self.dtype, entries, self.name)
+        model._parts = self._parts
+        return model
+
     def uniform(self, method):
         """The configuration {key: method} in which every weight takes `method`."""
         return config.uniform(self.slots, method)
@@ -162,8 +187,9 @@ class QuantizedModel:
         """
         configuration = self.configuration(configuration)
         for key, part in self._install(keep_originals=not for_good).items():
-            if part.method != configuration[key]:
-                part.set_method(configuration[key], self.parameters(key, configuration[key]))
+            parameters = self.parameters(key, configuration[key])
+            if part.method != configuration[key] or part.parameters is not parameters:
+                part.set_method(configuration[key], parameters)
 
     def keep_originals(self):
         """Keep float weights from now on, so that the module may be cast and still take configurations of them."""

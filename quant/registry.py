@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from errors import InputError
-from quant import affine, groups, kmeans, sorted_errors, uaq
+from quant import affine, groups, kmeans, sorted_errors, uaq, weighted
 from quant.rows import check, sorted_rows
 
 BITS = (4, 3)  # of the search space
@@ -57,10 +57,15 @@ class Quantizer:
         """Parameters {table: tensor} for `weight` [C, ...], in its precision; ValueError if it has NaN or infinities.
 
         Scales and zero points have shape [C], centroids [C, k], with groups [C, G] and [C, G, k], G = ceil(n / group) for
-        n weights per channel; of K-Means-A [k]. k = min(2^bits, weights that share a codebook). `statistics` of the
-        layer's inputs are for quantizers that weigh errors by them: none of these does.
+        n weights per channel; of K-Means-A [k]. k = min(2^bits, weights that share a codebook). `statistics`, the
+        Moments of the inputs (quant/calibration.py), weigh each weight's squared error by its input's second moment.
         """
-        return _fit([self], weight)[0][self.name]
+        if statistics is None:
+            return _fit([self], weight)[0][self.name]
+        importance = groups.split(weighted.importance(weight, statistics), self.group)
+        blocks = zip(groups.split(weight, self.group), importance, strict=True)
+        tables = groups.join_tables([self.fit_weighted(*block) for block in blocks], self.group, len(weight))
+        return self.stored(tables, weight.dtype)
 
     def encode(self, weight, parameters):
         """Codes (uint8, shape of `weight`): the parameters' own, or the nearest levels."""
@@ -160,6 +165,11 @@ class Uniform(Quantizer):
         """The fitted tables as files hold them: scales in `dtype`, zero points as integers."""
         return uaq.stored(**tables, dtype=dtype, bits=self.bits)
 
+    def fit_weighted(self, block, importance):
+        """Tables {name: [R]} of the rows of a block, in its search's precision, by the importance of each weight."""
+        scale, zero_point = uaq.fit(block, self.bits, importance)
+        return {"scale": scale, "zero_point": zero_point}
+
     def _encode(self, block, scale, zero_point):
         return uaq.quantize(block, scale, zero_point, self.bits).to(torch.uint8)
 
@@ -184,31 +194,22 @@ class Affine(Quantizer):
 
     algorithm, tables, is_affine = "affine", ("scale", "offset"), True
 
-    def fit(self, weight, statistics=None):
-        """As any quantizer's; with `statistics`, squared errors are weighted by their `diagonal`.
-
-        That is [n], the second moments of the inputs that the n weights of an output channel are multiplied by.
-        """
-        if statistics is None:
-            return super().fit(weight)
-        check(weight)
-        masses = statistics.diagonal.reshape(1, -1).expand(len(weight), -1)
-        blocks = zip(*(groups.split(each, self.group) for each in (weight.flatten(1), masses)), strict=True)
-        fitted = [self._named(affine.fit(block, [self.bits], masses=own))[self.bits] for block, own in blocks]
-        return groups.join_tables(fitted, self.group, len(weight))
-
     @classmethod
     def fit_block(cls, block, bits):
         """Tables {b: {name: [R]}} of the rows of a block, in its precision."""
         check(block.weight)
         return cls._named(affine.fit(block.weight, bits, block.rows))
 
+    def fit_weighted(self, block, importance):
+        """Tables {name: [R]} of the rows of a block, in its precision, by the importance of each weight."""
+        fitted = affine.fit(block, [self.bits], masses=importance.reshape(len(block), -1))
+        return self._named(fitted)[self.bits]
+
     @staticmethod
     def _named(fitted):
         return {b: {"scale": scale, "offset": offset} for b, (scale, offset) in fitted.items()}
 
-    @staticmethod
-    def stored(tables, dtype):
+    def stored(self, tables, dtype):
         """The fitted tables, which are in `dtype` already."""
         return tables
 
@@ -225,9 +226,12 @@ class Affine(Quantizer):
         return sorted_errors.of_affine(rows, scale, offset, self.bits)
 
     def _are_sound(self, shape, scale, offset):
-        same = scale.dtype == offset.dtype and scale.shape == offset.shape == self.lead(shape)
-        finite = scale.is_floating_point() and bool((scale.isfinite() & offset.isfinite()).all())
-        return same and finite and bool((scale > 0).all())
+        if not scale.dtype == offset.dtype or scale.dtype not in TABLE_DTYPES:
+            return False
+        if not scale.shape == offset.shape == self.lead(shape):
+            return False
+        highest = offset + (2**self.bits - 1) * scale
+        return bool((scale > 0).all() and (offset.isfinite() & highest.isfinite()).all())
 
 
 class Float(Quantizer):
@@ -286,6 +290,10 @@ class ChannelKMeans(Quantizer):
         """The fitted table as files hold it: centroids in `dtype`."""
         return {"centroids": tables["centroids"].to(dtype)}
 
+    def fit_weighted(self, block, importance):
+        """Tables {"centroids": [R, k]} of the rows of a block, by the importance of each weight."""
+        return {"centroids": weighted.fit_per_channel(block, importance, self.bits)}
+
     def levels(self, shape):
         """Centroids of a codebook: 2^b, or as many as weights share it if these are fewer."""
         return min(2**self.bits, self._sharing(shape))
@@ -327,6 +335,10 @@ class WholeKMeans(ChannelKMeans):
     def fit_block(block, bits):
         """Tables {b: {"centroids": [k]}} of a weight, in its search's precision."""
         return {b: {"centroids": found} for b, found in kmeans.fit_whole(block.weight, bits, block.rows).items()}
+
+    def fit_weighted(self, block, importance):
+        """Tables {"centroids": [k]} of a weight, by the importance of each number in it."""
+        return {"centroids": weighted.fit_whole(block, importance, self.bits)}
 
     def lead(self, shape):
         """Shape of the codebooks: one for the whole weight."""

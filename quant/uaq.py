@@ -38,11 +38,12 @@ def total_error(weight, quantized):
     return mean_error(weight.double(), quantized.double()).sum().item()  # more than float32 holds
 
 
-def fit(weight, bits):
+def fit(weight, bits, importance=None):
     """Scale and zero point [C] of each output channel of `weight` [C, ...].
 
-    The search runs in float32 (float64 for float64 weights) and so is the scale; the zero point is
-    a whole number of the same dtype. A constant channel is represented exactly.
+    With the `importance` of each weight, in its shape, the least sum of importance x (w - w')^2 wins. The search runs in
+    float32 (float64 for float64 weights) and so is the scale; the zero point is a whole number of the same dtype. A
+    constant channel is represented exactly.
     """
     rows = weight.detach().reshape(len(weight), -1)
     rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # [C, n]
@@ -58,7 +59,7 @@ def fit(weight, bits):
     for shrink in SHRINKS:
         new_scale = (high * shrink - low * shrink) / steps
         new_zero = (-low * shrink / new_scale).round()
-        error = mean_error(rows, dequantize(quantize(rows, new_scale, new_zero, bits), new_scale, new_zero))
+        error = _error(rows, dequantize(quantize(rows, new_scale, new_zero, bits), new_scale, new_zero), importance)
         better = error < best_error  # false for the NaN of a constant channel
         best_error = torch.where(better, error, best_error)
         scale = torch.where(better, new_scale, scale)
@@ -71,6 +72,12 @@ def fit(weight, bits):
     scale = torch.where(outermost, scale / 2**bits, scale)
     zero_point = torch.where(outermost, torch.where(low < 0, 2.0**bits, -1.0), zero_point)
     return torch.ldexp(scale, exponent), zero_point
+
+
+def _error(rows, quantized, importance):
+    if importance is None:
+        return mean_error(rows, quantized)
+    return ((rows - quantized).square_() * importance.reshape(rows.shape).to(rows.dtype)).mean(dim=1)
 
 
 def stored(scale, zero_point, dtype, bits):
