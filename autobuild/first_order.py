@@ -82,7 +82,7 @@ class FirstOrder:
         self.checkpoints = False
         if getattr(self.denoiser, "_supports_gradient_checkpointing", False):
             with torch.enable_grad(), _Taps(self, images, images):
-                self.checkpoints = saves_more_than(MEMORY_SHARE * free_bytes(self.device), ask)
+                self.checkpoints = saves_more_than(MEMORY_SHARE * free_bytes(self.device), self.denoiser, ask)
 
     @contextlib.contextmanager
     def _checkpointing(self):
@@ -189,10 +189,9 @@ def weight_gradients(layer, input, gradient):
     return torch.stack([gradients(x, layer.weight.shape, y, *how) for x, y in each])
 
 
-def random_signs(seed, image, step, count, shape):
-    """`count` directions of random signs [count, *shape]; those of an image at a step are the same in whatever batch."""
-    numbers = np.random.default_rng([seed, image, step]).integers(2, size=(count, *shape), dtype=np.int8)
-    return torch.from_numpy(numbers * 2 - 1)
+def random_signs(shape, *seeds):
+    """A direction of random signs, int8 of that shape, which depends on the seeds alone."""
+    return torch.from_numpy(np.random.default_rng(seeds).integers(2, size=tuple(shape), dtype=np.int8) * 2 - 1)
 
 
 def free_bytes(device):
@@ -200,15 +199,17 @@ def free_bytes(device):
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def saves_more_than(limit_bytes, ask):
-    """Whether a backward pass of `ask()` would need activations of more bytes."""
+def saves_more_than(limit_bytes, module, ask):
+    """Whether a backward pass of `ask()`, which calls `module`, would need activations of more bytes."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     saved = {}  # address -> tensor, which keeps it from being used again
 
     def count(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        if sum(each.untyped_storage().nbytes() for each in saved.values()) > limit_bytes:
-            raise _TooMany
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.data_ptr() not in saved:
+            saved[storage.data_ptr()] = tensor
+            if sum(each.untyped_storage().nbytes() for each in saved.values()) > limit_bytes:
+                raise _TooMany
         return tensor
 
     try:

@@ -109,10 +109,13 @@ def nodes_before(root, hops):
 
 
 class MeasuredScores:
-    """Of the shifts [W, M, K] of the denoiser's output under each weight's methods, and their squared norms [W, M]."""
+    """Of the shifts [W, M, K] of the denoiser's output under each weight's methods, and their squared norms [W, M].
 
-    def __init__(self, space, changes, shifts):
-        self.space, self.changes, self.shifts = space, changes, shifts
+    The share `shrinkage` of inner products of the shifts is taken for noise.
+    """
+
+    def __init__(self, space, changes, shifts, shrinkage=0.0):
+        self.space, self.changes, self.shifts, self.shrinkage = space, changes, shifts, shrinkage
 
     def of_weights(self):
         return -self.changes
@@ -120,7 +123,7 @@ class MeasuredScores:
     def best_within(self, avg_bits):
         """Codes [W] of the shortest sum of shifts that is found with at most so many average bits."""
         first = best_within(self.space, decisions_of_weights(self.space, -self.changes), avg_bits)
-        return shortest_sum(self.space, self.shifts, first, avg_bits)
+        return shortest_sum(self.space, self.shifts, first, avg_bits, self.shrinkage)
 
     def published_decisions(self):
         """The units, a variant's score the sum of its weights'."""

@@ -79,15 +79,21 @@ def spare_bytes(space, avg_bits, smallest_bytes):
     return limit_bytes - smallest_bytes
 
 
-def shortest_sum(space, shifts, codes, avg_bits):
+def shortest_sum(space, shifts, codes, avg_bits, shrinkage=0.0):
     """Codes [W] of a configuration whose shifts [W, M, K] have a short sum, from `codes`, which are within `avg_bits`.
 
-    A quadratic multiple-choice knapsack. Weight by weight, what shortens the sum most is done, of giving it another
-    method and some other weight one too, until nothing of the kind shortens it by much.
+    The share `shrinkage` is taken off inner products of different weights' shifts. A quadratic multiple-choice knapsack:
+    weight by weight, what shortens the sum most is done, of giving it another method and some other weight one too, until
+    nothing of the kind shortens it by much.
     """
     count, methods = space.size_bytes.shape
     shifts = shifts.reshape(count * methods, -1)
-    exchanges = Exchanges((shifts @ shifts.T).reshape(count, methods, count, methods), space.size_bytes, codes)
+    products = (shifts @ shifts.T).reshape(count, methods, count, methods)
+    if shrinkage:
+        own = products[np.arange(count), :, np.arange(count), :]
+        products *= 1 - shrinkage
+        products[np.arange(count), :, np.arange(count), :] = own
+    exchanges = Exchanges(products, space.size_bytes, codes)
     limit, before = space.limit_bytes(avg_bits), np.inf
     while exchanges.total < (1 - LEAST_GAIN) * before:
         before = exchanges.total

@@ -1,24 +1,23 @@
 """Where scores come from, as flags say: a trained predictor, or the denoiser itself, asked without labels.
 
-Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
+Asking keeps what it has found, so an interrupted run goes on.
 """
 
 import sys
-import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from autobuild import space as spaces
-from errors import InputError
+from autobuild.first_order import Weight
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant.file_keys import by_file_key
-from quant.files import atomic_write, check_writable, load_checkpoint
+from quant.files import check_writable
 from stages import multi_chkpt, prompt_files
 from stages.common import OneLineParser, at_least, in_precision, parser_for
 from stages.library_notes import Once, library_notes
+from stages.record_file import RecordFile
 from stages.sampling import (
     IMAGE_FLAGS,
     add_sampling_flags,
@@ -29,7 +28,7 @@ from stages.sampling import (
     settings_of,
     show_steps,
 )
-from stages.units import as_time
+from stages.sensitivities import Measured, add_probe_flags, probe_settings
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")
@@ -53,6 +52,7 @@ def parser_of(stage, description, argv=None):
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
     parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with `none`: steps of that way")
+    add_probe_flags(parser, "with `none`")
     parser.set_defaults(prompts=None)
     if not family.num_classes:
         parser.add_argument("--prompts", type=Path, help="with `none`: captions, a table or text; default in constants.py")
@@ -64,7 +64,8 @@ def complete(args, family):
     """Flags {name: value}, those left out filled from what is known of the model."""
     found = complete_sampling(args, family, guidance="label_guidance")
     multi_chkpt = found["multi_chkpt"]
-    return found | {"sensitivity": args.sensitivity or multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.pt")}
+    default = multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.{args.probe}")
+    return found | {"sensitivity": args.sensitivity or default}
 
 
 def load_scores(args, family, avg_bits=None):
@@ -94,7 +95,8 @@ def check_avg_bits(space, avg_bits):
 
 
 def measured(args, family, avg_bits):
-    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it.
+    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it, and
+    what share of the shifts' inner products is noise.
 
     What flags and small files tell to be wrong is told before the pipeline is read, and it is not where all is known.
     """
@@ -109,82 +111,35 @@ def measured(args, family, avg_bits):
         "multiquantizer_key": multi_chkpt.key(args.multi_chkpt, family),
         "hand_over": hand_over,
     }
-    flags = flags_of(args | told)
     if entries is not None:
         check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
     check_writable(args.sensitivity)
-    known = read_measured(args.sensitivity, flags)
+    records = RecordFile(args.sensitivity, flags_of(args | told) | probe_settings(args, spaces.NAMES))
     keys = spaces.graph_and_keys(family.name)[1]
-    if entries is None or any(each[0] not in known for each in keys):
+    known = Measured(records, [[each[0]] for each in keys], ["sketch"])
+    if entries is None or not known.is_complete:
         with library_notes(Once(tqdm.write)):
-            entries = measure_missing(args, family, flags, device, prompts, keys, known)
-    changes, shifts = zip(*(known[each[0]] for each in keys), strict=True)
+            entries = measure_missing(args, family, hand_over, device, prompts, keys, known)
+    changes, shifts, shrinkage = known.result()
     space = spaces.of_multiquantizer(family, entries, args.multi_chkpt)
-    return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
+    return space, changes.numpy(), shifts.numpy(), shrinkage
 
 
-def measure_missing(args, family, flags, device, prompts, keys, known):
-    """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries.
-
-    All of these are by file key.
-    """
+def measure_missing(args, family, hand_over, device, prompts, keys, known):
+    """Add to `known`, a Measured, what is missing of the weights `keys`; returns the multiquantizer's entries {file key}."""
     from autobuild.sensitivity import Probe, record_calls
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
     model = multi_chkpt.load(args.multi_chkpt, family, sampler.denoiser)
-    settings = settings_of(args, flags["hand_over"])
+    settings = settings_of(args, hand_over)
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, settings, args.calls), settings.batch_size)
     parts, entries = (by_file_key(each, model.slots) for each in (model.parts, model.entries))
-    left = [each for each in keys if each[0] not in known]
-    start = time.monotonic()
-    for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
-        shared = left[place]
-        known[shared[0]] = measure([parts[key] for key in shared], entries[shared[0]]["parameters"], probe)
-        with atomic_write(args.sensitivity) as file:
-            torch.save({"flags": flags, "weights": known}, file)
-        if place == 0:
-            told = as_time((time.monotonic() - start) * (len(left) - 1))
-            tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
+    weights = [Weight([parts[key] for key in shared], entries[shared[0]]["parameters"]) for shared in keys]
+    known.measure(weights, spaces.NAMES, probe, args, "weights")
     return entries
-
-
-def measure(parts, parameters, probe):
-    """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
-
-    def put(name):
-        for part in parts:
-            part.set_method(name, parameters.get(name))
-
-    changes, shifts = zip(*(probe.shift(put, name) for name in spaces.NAMES), strict=True)
-    put(None)
-    return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
 
 
 def flags_of(known):
     """Those of FLAGS, of all flags and keys, as they are kept."""
     return {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
-
-
-def read_measured(path, flags):
-    """{key: (changes, shifts)} that was measured before, with the same flags, as `flags_of` has them."""
-    if not path.exists():
-        return {}
-    kept = load_checkpoint(path)
-    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and are_measured(kept["weights"])):
-        raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
-    for flag, value in flags.items():
-        if kept["flags"].get(flag) != value:
-            raise InputError(
-                f"{path}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; give another --sensitivity"
-            )
-    return kept["weights"]
-
-
-def are_measured(weights):
-    """Whether `weights`, read from a file, are {key: what `measure` returns}."""
-    counts = [len(spaces.NAMES)] * 2
-    return isinstance(weights, dict) and all(
-        isinstance(each, tuple) and [len(tensor) for tensor in each if torch.is_tensor(tensor)] == counts
-        for each in weights.values()
-    )
