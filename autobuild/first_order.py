@@ -11,6 +11,7 @@ estimated with a variance of about |a|^2 |b|^2 / (N K), where directions of all 
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -189,9 +190,22 @@ def weight_gradients(layer, input, gradient):
     return torch.stack([gradients(x, layer.weight.shape, y, *how) for x, y in each])
 
 
-def random_signs(shape, *seeds):
-    """A direction of random signs, int8 of that shape, which depends on the seeds alone."""
-    return torch.from_numpy(np.random.default_rng(seeds).integers(2, size=tuple(shape), dtype=np.int8) * 2 - 1)
+def random_signs(shape, number, *seeds):
+    """Direction `number` of those of the seeds, int8 [*shape]: random signs, but for rounding up to a power of two at right
+    angles to the others.
+
+    They are rows of a Hadamard matrix in a random order, their columns times random signs, so that r r' is the identity on
+    average over directions and, exactly, over all of them. (Ailon and Chazelle, 2009.)
+    """
+    size = math.prod(shape)
+    bits = max(1, (size - 1).bit_length())
+    rng = np.random.default_rng(seeds)
+    signs = rng.integers(2, size=size, dtype=np.uint8)
+    start, step = (int(each) for each in rng.integers(2**bits, size=2))
+    row = (start + number * (step | 1)) % 2**bits  # an odd step comes to all rows
+    columns = np.arange(size, dtype=np.uint64) & np.uint64(row)
+    parity = (np.bitwise_count(columns) + signs) % 2
+    return torch.from_numpy((1 - 2 * parity.astype(np.int8)).reshape(tuple(shape)))
 
 
 def free_bytes(device):

@@ -10,13 +10,13 @@ from torch import nn
 
 from autobuild import sensitivity
 from autobuild.first_order import FirstOrder, Weight, random_signs, saves_more_than
-from autobuild.sketching import Sketch, shifts_of, shrinkage
+from autobuild.sketching import Question, Sketch, Task, leading_directions, shifts_of, shrinkage
 from models.drawing import BatchSize, SamplingSettings
 from models.families import FAMILIES
 from models.pipelines import load_sampler
 from quant import registry
 from quant.model import QuantizedModel
-from stages.sensitivities import measure_one
+from stages.sensitivities import disturb, measure_one
 
 WORDS = ("mse-4", "mse-3", "mse-2")
 
@@ -87,7 +87,7 @@ def test_products_are_those_of_finite_differences(network, budget):
     weights = weights_of(network)
     assert [len(weight.parts) for weight in weights] == [1, 1, 1, 1, 2]
     first_order = FirstOrder(network.module, weights, WORDS, budget)
-    signs = random_signs((directions, images, 4, 3, 3), 5)
+    signs = torch.randint(2, (directions, images, 4, 3, 3)) * 2 - 1
     found, outputs = first_order.products(lambda: guided(network, *inputs), copies * images, signs)
     assert torch.equal(outputs, guided(network, *inputs)) and bool(first_order.kept) == (budget is None)
     for number, weight in enumerate(weights):
@@ -115,7 +115,7 @@ def test_gradients_that_overflow_in_half_precision_are_taken_of_smaller_directio
 def test_activations_are_computed_again_where_memory_is_short(dit):
     _, probe, weights = dit
     (question, *_) = probe.questions()
-    signs = random_signs((1, 2, *question.shape), 1)
+    signs = torch.randint(2, (1, 2, *question.shape)) * 2 - 1
     found = []
     for checkpoints in (False, True):
         first_order = FirstOrder(probe.denoiser, weights, WORDS)
@@ -147,57 +147,83 @@ def dit():
     return load_dit()
 
 
-def sketched(dit, directions, batch_size=2, seed=0):
+def sketched(dit, directions, batch_size=2, leading=0):
     _, probe, weights = dit
-    sketch, records = Sketch(list(probe.questions()), directions, seed, BatchSize(batch_size)), {}
+    questions, put = list(probe.questions()), functools.partial(disturb, weights, WORDS, 0)
+    found = leading_directions(questions, put, leading, BatchSize(batch_size)) if leading else None
+    sketch, records = Sketch(questions, directions, 0, BatchSize(batch_size), found), {}
     first_order = FirstOrder(probe.denoiser, weights, WORDS)
     for number, some, images in sketch.missing(records):
         records |= dict(sketch.find(first_order, number, some, images))
     return sketch, records
 
 
+def inner_products(numbers):
+    """Those of shifts [W, M, K] of different weights."""
+    rows, count, methods = numbers.double().flatten(0, 1), *numbers.shape[:2]
+    others = ~torch.eye(count, dtype=torch.bool).repeat_interleave(methods, 0).repeat_interleave(methods, 1)
+    return (rows @ rows.T)[others]
+
+
 def test_a_sketch_tells_norms_and_inner_products_of_the_exact_shifts(dit):
     _, probe, weights = dit
     exact = [measure_one(weight, WORDS, probe) for weight in weights]
     changes, shifts = (torch.stack([each[name] for each in exact]).double() for name in ("changes", "shifts"))
-    sketch, records = sketched(dit, 32)
-    squares, numbers, share = shifts_of(records, list(sketch.shares(records).values()))
-    assert spearmanr(squares.flatten(), changes.flatten()).statistic > 0.97
-    assert float((squares / changes).median()) == pytest.approx(1, abs=0.1)
-    wanted, found = (rows.flatten(0, 1) @ rows.flatten(0, 1).T for rows in (shifts, numbers.double()))
-    others = ~torch.eye(len(weights), dtype=torch.bool).repeat_interleave(3, 0).repeat_interleave(3, 1)
-    assert np.corrcoef(wanted[others], found[others])[0, 1] > 0.7
-    assert 0 < share < 0.5
+    correlations = []
+    for directions, leading in ((8, 0), (24, 0), (24, 8)):
+        sketch, records = sketched(dit, directions, leading=leading)
+        squares, numbers, share = shifts_of(records, leading, sketch.shares(records))
+        assert spearmanr(squares.flatten(), changes.flatten()).statistic > 0.95
+        assert float((squares / changes).median()) == pytest.approx(1, abs=0.15)
+        assert 0 < share < 0.7
+        correlations.append(np.corrcoef(inner_products(shifts), inner_products(numbers))[0, 1])
+    assert 0.4 < correlations[0] < correlations[1] < correlations[2] > 0.8
+
+
+def test_leading_directions_hold_the_shifts_that_they_are_made_of(dit):
+    _, probe, weights = dit
+    questions, put = list(probe.questions()), functools.partial(disturb, weights, WORDS, 0)
+    found = leading_directions(questions, put, 3, BatchSize(2))
+    with torch.no_grad():
+        before = questions[1].ask(range(1))
+        put(2)
+        shift = (questions[1].ask(range(1)) - before).flatten()
+        put(None)
+        assert torch.equal(questions[1].ask(range(1)), before)
+    rows = found[1][:, 0].flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close((rows @ shift) @ rows, shift, rtol=1e-3, atol=1e-3 * float(shift.abs().max()))
+
+
+def test_directions_are_at_right_angles_and_their_own():
+    rows = torch.stack([random_signs((4, 2, 2), number, 7, 0) for number in range(16)]).flatten(1).long()
+    assert torch.equal(rows @ rows.T, 16 * torch.eye(16, dtype=torch.long))
+    others = torch.stack([random_signs((4, 2, 2), number, 7, 1) for number in range(16)]).flatten(1).long()
+    assert not torch.equal(rows, others)
+    many = torch.stack([random_signs((2, 3), 0, seed) for seed in range(4000)]).flatten(1).double()
+    torch.testing.assert_close(many.T @ many / 4000, torch.eye(6).double(), rtol=0, atol=0.06)  # of no power of two
 
 
 def test_a_sketch_does_not_depend_on_the_batch_size(dit):
     found = []
     for size in (1, 2):
         sketch, records = sketched(dit, 3, size)
-        found.append(shifts_of(records, list(sketch.shares(records).values())))
-        assert set(sketch.shares(records)) == set(range(4))
+        found.append(shifts_of(records, 0, sketch.shares(records)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
 
 
-def test_most_directions_go_where_shifts_are_large(dit):
-    """On average there are 8; each step has 2 at least, and the rest by the squared norms of shifts."""
-    sketch, records = sketched(dit, 8)
-    shares = sketch.shares(records)
-    images = [question.images for question in sketch.questions]
-    assert sum(n * shares[each] for each, n in enumerate(images)) == pytest.approx(8 * sum(images), abs=sum(images))
-    squares = {
-        step: sum(
-            float(r["products"].double().square().sum())
-            for t, r in records.items()
-            if t.first_direction == 0 and sketch.questions[t.question].step == step
-        )
-        for step in (0, 1)
+def test_most_directions_go_where_shifts_are_large():
+    """On average 8: 2 at each of two steps of two images; of 24 others three quarters where squared norms are."""
+    questions = [Question(2, 0, step, (100,), 1, None) for step in (0, 1)]
+    records = {
+        Task(step, 0, 2, 0, 2): {"products": torch.full((1, 1, 2, 2), size), "squares": torch.ones(2)}
+        for step, size in ((0, 3**0.5), (1, 1.0))
     }
-    large = max(squares, key=squares.get)
-    expected = 2 + 12 * squares[large] / sum(squares.values())
-    assert [shares[each] for each, question in enumerate(sketch.questions) if question.step == large] == [
-        round(expected)
-    ] * 2
+    sketch = Sketch(questions, 8, 0, BatchSize(2))
+    assert sketch.shares(records) == [2 + 9, 2 + 3]
+    assert list(sketch.missing(records)) == [(0, range(2, 11), range(2)), (1, range(2, 5), range(2))]
+    del records[Task(1, 0, 2, 0, 2)]
+    assert next(sketch.missing(records)) == (1, range(2), range(2))
 
 
 def test_shrinkage_is_the_share_of_noise():
