@@ -11,8 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from autobuild.prefix import Prefix
 from autobuild.sensitivity import sketch
+from autobuild.sketching import Question
 from errors import InputError
+from models.drawing import BatchSize
 from models.inputs import map_tensors
 from models.listening import overheard
 
@@ -88,26 +91,66 @@ class Replay:
     def __init__(self, denoiser, steps, device):
         self.denoiser, self.device, self.steps = denoiser, device, steps
         self.guidance = [guidance_weights(step) for step in steps]
-        self.before = self._ask()
+        self.batch_size = BatchSize(1)
+        self.before = None  # the outputs, and where calls start, once shifts are asked for
+        self.prefix = None
 
-    def shift(self):
-        """(change, shift) of the output: the shift in units of its norm, sketched; the change its exact squared norm."""
+    def start_at(self, layers):
+        """Compute calls from the block of the first of some layers on, in what follows; all weights are float now.
+
+        Returns how many blocks run before it: layers are best visited in that order.
+        """
+        if self.before is None:
+            self.before = self._ask()
+            self.prefix = Prefix(self.denoiser, self._look)
+        place = self.prefix.place_of(layers)
+        self.prefix.move(place, self._ask)
+        return place
+
+    def shift(self, put, method):
+        """(change, shift) of the output by `put(method)`: the shift in units of its norm, sketched; the change its exact
+        squared norm. `start_at` comes before it.
+        """
+        put(method)
         shifts = (self._ask() - self.before) / self.before.norm().clamp(min=1e-30)
         return float(shifts.double().square().sum()), sketch(shifts)
+
+    def questions(self):
+        """The steps as Questions of a sketch."""
+        for number, (step, weights) in enumerate(zip(self.steps, self.guidance, strict=True)):
+            shape = (sum(tensor.numel() for _, tensors in step.calls for tensor in tensors),)
+            shape = shape if weights is None else (step.guided.numel(),)
+            yield Question(1, 0, number, shape, 1, functools.partial(self._differentiable, number))
+
+    def _differentiable(self, number, _indices):
+        return self._at(number, self._output)[None]
+
+    @torch.no_grad()
+    def _look(self):
+        self._output((0, 0), self.steps[0].calls[0][0])
 
     @torch.no_grad()
     def _ask(self):
         """The outputs at all steps, one after another, as float32 numbers [K] on the CPU."""
-        return torch.cat([self._at(step, weights) for step, weights in zip(self.steps, self.guidance, strict=True)])
 
-    def _at(self, step, weights):
+        def output(key, arguments):
+            run = functools.partial(self._output, key, arguments)
+            return self.prefix.run(key, run) if self.prefix else run()
+
+        return torch.cat([self._at(number, output) for number in range(len(self.steps))])
+
+    def _at(self, number, output_of):
+        step, weights = self.steps[number], self.guidance[number]
         answers = []
-        for arguments, _ in step.calls:
-            output = self.denoiser(**map_tensors(lambda tensor: tensor.to(self.device), arguments))
-            answers.append([tensor.cpu() for tensor in tensors_of(output[0])])
+        for place, (arguments, _) in enumerate(step.calls):
+            output = output_of((number, place), arguments)
+            answers.append([tensor.cpu() for tensor in tensors_of(output)])
         if weights is None:
             return torch.cat([tensor.float().flatten() for tensors in answers for tensor in tensors])
         return weights @ torch.cat([copies(tensors, step.guided) for tensors in answers])
+
+    def _output(self, _key, arguments):
+        return self.denoiser(**map_tensors(lambda tensor: tensor.to(self.device), arguments))[0]
 
 
 def guidance_weights(step):

@@ -112,10 +112,13 @@ def nodes_before(root, hops):
 
 
 class MeasuredScores:
-    """Of the shifts [W, M, K] of the denoiser's output under each weight's methods, and their squared norms [W, M]."""
+    """Of the shifts [W, M, K] of the denoiser's output under each weight's methods, and their squared norms [W, M].
 
-    def __init__(self, space, changes, shifts):
-        self.space, self.changes, self.shifts = space, changes, shifts
+    The share `shrinkage` of inner products of the shifts is taken for noise.
+    """
+
+    def __init__(self, space, changes, shifts, shrinkage=0.0):
+        self.space, self.changes, self.shifts, self.shrinkage = space, changes, shifts, shrinkage
         self.found = None
 
     def of_weights(self):
@@ -126,7 +129,7 @@ class MeasuredScores:
 
         `found` tells how good it is (see exchanges.Found).
         """
-        self.found = shortest_sum(self.space, self.shifts, avg_bits, budgets=budgets)
+        self.found = shortest_sum(self.space, self.shifts, avg_bits, self.shrinkage, budgets)
         return self.found.codes
 
     def published_decisions(self):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from autobuild.prefix import Prefix
+from autobuild.sketching import Question
 from errors import InputError
 from models.drawing import in_batches, noise_generators
 from models.inputs import map_tensors
@@ -122,7 +124,22 @@ class Probe:
         self.denoiser, self.recording, self.batch_size = denoiser, recording, batch_size
         self.guidance = [guidance_weights(calls) for calls in recording.steps]
         self.together = None  # images that `before` was asked with
+        self.prefix = None
         self._ask_before()
+        self.prefix = Prefix(denoiser, self._look)
+
+    @torch.no_grad()
+    def _look(self):
+        self._output(self.recording.steps[0][0], range(1))
+
+    def start_at(self, layers):
+        """Compute calls from the block of the first of some layers on, in what follows; all weights are float now.
+
+        Returns how many blocks run before it: layers are best visited in that order.
+        """
+        place = self.prefix.place_of(layers)
+        self.prefix.move(place, self._ask)
+        return place
 
     def shift(self, put, method):
         """(change, shift) of the guided output by `put(method)`; `put(None)` puts full precision back.
@@ -142,24 +159,49 @@ class Probe:
     def _ask_before(self):
         while self.together != self.batch_size.images:  # it may be halved meanwhile
             self.together = self.batch_size.images
+            if self.prefix is not None:
+                self.prefix.forget()
             self.before = self._ask()
 
     @torch.no_grad()
     def _ask(self):
         """The guided outputs at all steps of all images, one after another, as float32 numbers [K] on the CPU."""
         answers = []
-        for calls, weights in zip(self.recording.steps, self.guidance, strict=True):
-            for call in calls:
-                answer = functools.partial(self._answer, call, weights)
+        for step, calls in enumerate(self.recording.steps):
+            for number, call in enumerate(calls):
+                answer = functools.partial(self._answer, step, number)
                 answers += in_batches(answer, range(len(call.guided)), self.batch_size)
         return torch.cat(answers)
 
-    def _answer(self, call, weights, indices):
-        """Guided outputs of some of a call's images, one after another."""
+    def _answer(self, step, number, indices):
+        """Guided outputs of some images of a call at a step, one after another."""
+        call = self.recording.steps[step][number]
+        run = functools.partial(self._output, call, indices)
+        output = self.prefix.run((step, number, indices), run) if self.prefix else run()
+        return self._guided(step, output.cpu(), len(indices)).flatten()
+
+    def questions(self):
+        """The calls as Questions of a sketch."""
+        for step, calls in enumerate(self.recording.steps):
+            first = 0
+            for call in calls:
+                count = len(call.guided)
+                ask = functools.partial(self._differentiable, step, call)
+                yield Question(count, first, step, call.guided.shape[1:], len(self.guidance[step]), ask)
+                first += count
+
+    def _differentiable(self, step, call, indices):
+        return self._guided(step, self._output(call, indices), len(indices))
+
+    def _output(self, call, indices):
         lengths, device = self.recording.lengths, self.recording.device
         arguments = rows_of(call.arguments, lengths, len(call.guided), indices)
-        output = self.denoiser(**map_tensors(lambda tensor: tensor.to(device), arguments))[0].cpu()
-        return torch.einsum("k,k...->...", weights, copies(output, call.guided[: len(indices)])).flatten()
+        return self.denoiser(**map_tensors(lambda tensor: tensor.to(device), arguments))[0]
+
+    def _guided(self, step, output, images):
+        """The guided outputs [N, C, h, w] that the outputs of N images are combined to."""
+        guided = self.recording.steps[step][0].guided[:1].expand(images, -1, -1, -1)
+        return torch.einsum("k,k...->...", self.guidance[step].to(output.device), copies(output, guided))
 
 
 def sketch(vector):

@@ -226,7 +226,7 @@ class Affine(Quantizer):
         return sorted_errors.of_affine(rows, scale, offset, self.bits)
 
     def _are_sound(self, shape, scale, offset):
-        if not scale.dtype == offset.dtype or scale.dtype not in TABLE_DTYPES:
+        if scale.dtype != offset.dtype or scale.dtype not in TABLE_DTYPES:
             return False
         if not scale.shape == offset.shape == self.lead(shape):
             return False

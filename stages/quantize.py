@@ -20,6 +20,7 @@ from models import any_pipeline as pipelines
 from models.components import quiet_loading, refuse_quantized
 from models.pipelines import pick_device
 from quant import config
+from quant.files import check_writable
 from quant.leftovers import remove_leftovers
 from quant.memory import return_free_memory
 from quant.model import QuantizedModel
@@ -45,7 +46,9 @@ from stages.quantize_files import (
 from stages.quantize_flags import parse_args
 from stages.quantize_images import Wanted, all_there, draw_missing, prompts_of, sheet_of
 from stages.quantize_weights import Left, kept_in_float, matching, rules_of, slots_without, use_of_weights, with_true_ties
+from stages.record_file import RecordFile
 from stages.run_folder import only_run_in
+from stages.sensitivities import probe_settings
 
 SHEET = "contact_sheet.png"
 
@@ -91,6 +94,7 @@ class Job:
         prompts = prompts_of(self.found_class, args.prompt, max(args.n_imgs, 1), classes)
         self.wanted = Wanted(self.found_class, prompts, args)
         self.wanted.call(0)  # refuses arguments that the pipeline has not
+        self.asked = self._asked()
 
     @property
     def bits(self):
@@ -268,11 +272,12 @@ class Job:
             return configuration
         choice.fit(model, name, lambda key: self.args.methods, kept, self.device)
         space = self._space(name, model.slots)
-        asked = choice.Kept(self.args.sensitivity, self._asked(), "--sensitivity")
-        asking = QuantizedModel.of_slots(self._computing(self._denoiser(name)), model.slots, self.dtype, model.entries)
-        replay = Replay(asking.module.to(self.device), steps, self.device)
-        known = choice.measure(asking, name, space, replay, asked)
-        configuration, found = choice.choose(space, known, self.args.avg_bits)
+        measured = choice.known_of(self.asked, model, name, space)
+        if not measured.is_complete:
+            asking = QuantizedModel.of_slots(self._computing(self._denoiser(name)), model.slots, self.dtype, model.entries)
+            replay = Replay(asking.module.to(self.device), steps, self.device)
+            measured.measure(choice.weights_of(asking, space), space.methods, replay, self.args, name)
+        configuration, found = choice.choose(space, measured, self.args.avg_bits)
         say(f"{name}: the output's squared shift is at most {found.excess:.1%} above what any choice within the size has")
         return configuration
 
@@ -283,8 +288,12 @@ class Job:
         return choice.space_of(slots, self.bits, told, args.methods, args.min_bits, args.fix)
 
     def _asked(self):
-        """What sensitivities depend on beside the weights."""
-        return f"{self.wanted.settings}, {self.args.calls} calls, {' '.join(self.args.methods)}"
+        """The file of sensitivities, which tells what they depend on beside the weights; None if none are asked for."""
+        if self.args.avg_bits is None:
+            return None
+        check_writable(self.args.sensitivity)
+        settings = {"pictures": self.wanted.settings, "calls": self.args.calls, "seed": self.args.seed}
+        return RecordFile(self.args.sensitivity, settings | probe_settings(self.args, self.args.methods))
 
     def _reasons(self, name):
         left = self.left[name]

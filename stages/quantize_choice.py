@@ -1,16 +1,17 @@
 """What quantize.py computes of a denoiser: fits of its weights, their sensitivities, the configuration within a size.
 
-Both are kept as they come, each weight's under a fingerprint of it, so a run that was cut off goes on.
+All is kept as it comes, under fingerprints of the weights, so a run that was cut off goes on.
 """
 
+import hashlib
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from autobuild.exchanges import shortest_sum
+from autobuild.first_order import Weight
 from autobuild.limits import restricted
 from autobuild.search import spare_bytes
 from autobuild.space import SearchSpace
@@ -19,34 +20,28 @@ from quant.checked_files import load_content, save_content
 from quant.entries import fingerprint, fit_entry, is_entry
 from quant.registry import quantizer
 from quant.slots import free_keys
-from stages.units import as_time
+from stages.sensitivities import Measured
 
 SAVE_SECONDS = 20
 
 
 class Kept:
-    """A file of {denoiser: {file key: (fingerprint, what is known of the weight)}}, and what settings this depends on."""
+    """A file of {denoiser: {file key: (fingerprint, what is known of the weight)}}, and what settings this depends on.
 
-    def __init__(self, path, settings, flag=None):
+    One that is damaged, or of other settings, is not gone on with.
+    """
+
+    def __init__(self, path, settings):
         self.path, self.settings, self.saved = Path(path), settings, time.monotonic()
-        self.content = self._read(flag) if self.path.exists() else {}
+        self.content = self._read() if self.path.exists() else {}
 
-    def _read(self, flag):
-        """What the file holds; of other settings it is not gone on with, and refused if a `flag` named it."""
-        way_out = f"name another file with {flag}, or delete it"
+    def _read(self):
         try:
-            content = load_content(self.path)
-            if content is None:
-                raise InputError("damaged, or of an earlier version")
-            same = content["settings"] == self.settings
+            content = load_content(self.path) or {}
             kept = {name: dict(weights) for name, weights in content["weights"].items()}
-        except (InputError, KeyError, TypeError, AttributeError, ValueError) as reason:
-            if flag is None:
-                return {}
-            raise InputError(f"{self.path}: is not what this program has written ({reason}); {way_out}") from None
-        if not same and flag is not None:
-            raise InputError(f"{self.path}: was measured with {content['settings']}, not {self.settings}; {way_out}")
-        return kept if same else {}
+            return kept if content["settings"] == self.settings else {}
+        except (InputError, KeyError, TypeError, AttributeError, ValueError):
+            return {}
 
     def get(self, name, slot, mark):
         """What is known of a slot's weight; None if nothing is, or it was another weight."""
@@ -110,43 +105,23 @@ def check_avg_bits(space, avg_bits):
     spare_bytes(space, avg_bits, space.smallest_bytes)
 
 
-def choose(space, known, avg_bits):
-    """(configuration, exchanges.Found) whose shifts, of `known` {key: (changes [M], shifts [M, K])}, have a short sum."""
-    shifts = torch.stack([known[keys[0]][1] for keys in space.keys]).float().numpy()
-    found = shortest_sum(space, shifts, avg_bits)
+def choose(space, measured, avg_bits):
+    """(configuration, exchanges.Found) whose shifts, of a complete Measured, are found to have the shortest sum."""
+    _, shifts, shrinkage = measured.result()
+    found = shortest_sum(space, shifts.numpy(), avg_bits, shrinkage)
     return space.configuration(found.codes), found
 
 
-def measure(model, name, space, replay, kept):
-    """{key: (changes [M], shifts [M, K])} of the space's methods for each weight, asked one after another."""
-    marks = {keys[0]: model.entries[keys[0]]["fingerprint"] for keys in space.keys}
-
-    def known(key):
-        return kept.get(name, model.slots[key], marks[key])
-
-    left = [keys for keys in space.keys if known(keys[0]) is None]
-    done = len(space.keys) - len(left)
-    start = time.monotonic()
-    for number, keys in enumerate(tqdm(left, desc=f"asking {name}", unit="weight", initial=done, total=len(space.keys))):
-        kept.put(name, model.slots[keys[0]], marks[keys[0]], _measure_one(model, keys, replay, space.methods))
-        if number == 0:
-            told = as_time((time.monotonic() - start) * (len(left) - 1))
-            tqdm.write(f"{name}: about {told} left for {len(left) - 1} weights; less with a lower --n_imgs or --calls")
-            kept.save()
-    kept.save()
-    return {keys[0]: known(keys[0]) for keys in space.keys}
+def known_of(records, model, name, space):
+    """The Measured of what a RecordFile tells of a denoiser: of weights as they are, by their fingerprints."""
+    marks = [model.entries[keys[0]]["fingerprint"] for keys in space.keys]
+    names = [[name, model.slots[keys[0]].file_key, mark] for keys, mark in zip(space.keys, marks, strict=True)]
+    return Measured(records, names, [name, "sketch", hashlib.sha256(" ".join(marks).encode()).hexdigest()[:32]])
 
 
-def _measure_one(model, keys, replay, methods):
-    parts = [model.parts[key] for key in keys]
-    found = []
-    try:
-        for word in methods:
-            for part in parts:
-                part.set_method(word, model.parameters(keys[0], word))
-            found.append(replay.shift())
-    finally:
-        for part in parts:
-            part.set_method(None)
-    changes, shifts = zip(*found, strict=True)
-    return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
+def weights_of(model, space):
+    """The Weights [W] of a model in a search space."""
+    return [
+        Weight([model.parts[key] for key in keys], {word: model.parameters(keys[0], word) for word in space.methods})
+        for keys in space.keys
+    ]

@@ -9,6 +9,7 @@ from models.pipelines import OFFLOADS, height_width
 from stages.common import PRECISIONS, OneLineParser, at_least, finite, seed, utf8
 from stages.sampling import resolution
 from stages.search_flags import ANY_METHODS, add_search_flags, checked_methods
+from stages.sensitivities import add_probe_flags
 
 DEFAULT = "uniform:kmeans-4"
 DESCRIPTION = "Quantize the denoisers of any diffusers pipeline, and save it packed, for `import quant` and from_pretrained."
@@ -65,6 +66,7 @@ def _add_choice(parser):
     )
     add_search_flags(parser, ANY_METHODS, "with --avg_bits")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with --avg_bits: steps of an image's way; default 5")
+    add_probe_flags(parser, "with --avg_bits")
     parser.add_argument(
         "--sensitivity", type=Path, help="with --avg_bits: file of what the denoiser said; default beside --output"
     )
@@ -100,5 +102,5 @@ def _complete(args):
         "config": args.config if args.config or args.avg_bits is not None else DEFAULT,
         "methods": checked_methods(args.methods or ANY_METHODS),
         "res": None if args.res is None else height_width(args.res),
-        "sensitivity": args.sensitivity or args.output.with_name(f"{args.output.name}_sensitivity.pt"),
+        "sensitivity": args.sensitivity or args.output.with_name(f"{args.output.name}_sensitivity.{args.probe}"),
     }

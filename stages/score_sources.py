@@ -1,25 +1,25 @@
 """Where scores come from, as flags say: a trained predictor, or the denoiser itself, asked without labels.
 
-Asking goes weight by weight and keeps what it has, so an interrupted run goes on.
+Asking keeps what it has found, so an interrupted run goes on.
 """
 
 import sys
-import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from autobuild import space as spaces
+from autobuild.first_order import Weight
 from errors import InputError
 from models.families import FAMILIES
 from models.pipelines import pick_device
 from quant.file_keys import by_file_key
-from quant.files import atomic_write, check_writable, load_checkpoint
+from quant.files import check_writable
 from quant.slots import find_slots
 from stages import multi_chkpt, prompt_files
 from stages.common import OneLineParser, at_least, in_precision, parser_for
 from stages.library_notes import Once, library_notes
+from stages.record_file import RecordFile
 from stages.sampling import (
     IMAGE_FLAGS,
     add_sampling_flags,
@@ -31,7 +31,7 @@ from stages.sampling import (
     show_steps,
 )
 from stages.search_flags import checked_methods
-from stages.units import as_time
+from stages.sensitivities import Measured, add_probe_flags, probe_settings
 
 # What sensitivities depend on; a run goes on only with the same ones.
 FLAGS = (*IMAGE_FLAGS, "calls", "hand_over")
@@ -55,6 +55,7 @@ def parser_of(stage, description, argv=None):
     parser.add_argument("--sensitivity", type=Path, help="with `none`: file of what it said; default beside --multi_chkpt")
     parser.add_argument("--n_imgs", type=at_least(1), default=16, help="with `none`: images on whose way it is asked")
     parser.add_argument("--calls", type=at_least(1), default=5, help="with `none`: steps of that way")
+    add_probe_flags(parser, "with `none`")
     parser.set_defaults(prompts=None, methods=None, min_bits=(), fix=(), max_bops=None)
     if not family.num_classes:
         parser.add_argument("--prompts", type=Path, help="with `none`: captions, a table or text; default in constants.py")
@@ -66,8 +67,8 @@ def complete(args, family):
     """Flags {name: value}, those left out filled from what is known of the model."""
     found = complete_sampling(args, family, guidance="label_guidance")
     multi_chkpt = found["multi_chkpt"]
-    found |= {"methods": checked_methods(args.methods or spaces.NAMES)}
-    return found | {"sensitivity": args.sensitivity or multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.pt")}
+    default = multi_chkpt.with_name(f"{multi_chkpt.stem}_sensitivity.{args.probe}")
+    return found | {"methods": checked_methods(args.methods or spaces.NAMES), "sensitivity": args.sensitivity or default}
 
 
 def load_scores(args, family, avg_bits=None):
@@ -130,7 +131,8 @@ def check_avg_bits(space, avg_bits):
 
 
 def measured(args, family, avg_bits):
-    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it.
+    """What each weight's methods do to the denoiser's output: search space, changes [W, M] and shifts [W, M, K] of it, and
+    what share of the shifts' inner products is noise.
 
     What flags and small files tell to be wrong is told before the pipeline is read, and it is not where all is known.
     """
@@ -145,18 +147,17 @@ def measured(args, family, avg_bits):
         "multiquantizer_key": multi_chkpt.key(args.multi_chkpt, family),
         "hand_over": hand_over,
     }
-    flags = flags_of(args | told)
     if entries is not None:
         check_avg_bits(space_of(args, family, entries), avg_bits)
     check_writable(args.sensitivity)
-    known = read_measured(args.sensitivity, flags, args.methods)
+    records = RecordFile(args.sensitivity, flags_of(args | told) | probe_settings(args, args.methods))
     keys = spaces.graph_and_keys(family.name)[1]
-    if entries is None or any(each[0] not in known for each in keys):
+    known = Measured(records, [[each[0]] for each in keys], ["sketch"])
+    if entries is None or not known.is_complete:
         with library_notes(Once(tqdm.write)):
-            entries = measure_missing(args, family, flags, device, prompts, keys, known)
-    changes, shifts = zip(*(known[each[0]] for each in keys), strict=True)
-    space = space_of(args, family, entries)
-    return space, torch.stack(changes).numpy(), torch.stack(shifts).float().numpy()
+            entries = measure_missing(args, family, hand_over, device, prompts, keys, known)
+    changes, shifts, shrinkage = known.result()
+    return space_of(args, family, entries), changes.numpy(), shifts.numpy(), shrinkage
 
 
 def space_of(args, family, entries):
@@ -164,73 +165,24 @@ def space_of(args, family, entries):
     return restricted(spaces.of_multiquantizer(family, entries, args.multi_chkpt, args.methods), args)
 
 
-def measure_missing(args, family, flags, device, prompts, keys, known):
-    """Add to `known` what is missing of the weights `keys`, saved as it comes; returns the multiquantizer's entries.
-
-    All of these are by file key.
-    """
+def measure_missing(args, family, hand_over, device, prompts, keys, known):
+    """Add to `known`, a Measured, what is missing of the weights `keys`; returns the multiquantizer's entries {file key}."""
     from autobuild.sensitivity import Probe, record_calls
 
     sampler = load_for(args, family, device, prompts)
     show_steps(sampler)
     model = multi_chkpt.load(args.multi_chkpt, family, sampler.denoiser)
-    settings = settings_of(args, flags["hand_over"])
+    settings = settings_of(args, hand_over)
     probe = Probe(sampler.denoiser, record_calls(sampler, prompts, settings, args.calls), settings.batch_size)
-    parts, entries = (by_file_key(each, model.slots) for each in (model.parts, model.entries))
-    left = [each for each in keys if each[0] not in known]
-    start = time.monotonic()
-    for place in tqdm(range(len(left)), desc="weights", unit="weight", initial=len(known), total=len(keys)):
-        shared = left[place]
-        model.fit_weight(parts[shared[0]].slot.tie, args.methods)
-        parameters = entries[shared[0]]["parameters"]
-        known[shared[0]] = measure([parts[key] for key in shared], parameters, probe, args.methods)
-        with atomic_write(args.sensitivity) as file:
-            torch.save({"flags": flags, "weights": known}, file)
-        if place == 0:
-            told = as_time((time.monotonic() - start) * (len(left) - 1))
-            tqdm.write(f"about {told} left for {len(left) - 1} weights; it takes less with a lower --n_imgs or --calls")
+    parts = by_file_key(model.parts, model.slots)
+    for shared in tqdm(keys, desc="fitting", unit="weight", delay=2, leave=False):
+        model.fit_weight(parts[shared[0]].slot.tie, args.methods)  # what the multiquantizer lacks of the methods
+    entries = by_file_key(model.entries, model.slots)
+    weights = [Weight([parts[key] for key in shared], entries[shared[0]]["parameters"]) for shared in keys]
+    known.measure(weights, args.methods, probe, args, "weights")
     return entries
 
 
-def measure(parts, parameters, probe, methods):
-    """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
-
-    def put(name):
-        for part in parts:
-            part.set_method(name, parameters.get(name, {}))
-
-    changes, shifts = zip(*(probe.shift(put, name) for name in methods), strict=True)
-    put(None)
-    return torch.tensor(changes, dtype=torch.float64), torch.stack(shifts).half()
-
-
 def flags_of(known):
-    """Those of FLAGS, of all flags and keys, as they are kept; and the methods, if they are not the six of labels."""
-    kept = {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}
-    return kept | {"methods": None if known["methods"] == spaces.NAMES else " ".join(known["methods"])}
-
-
-def read_measured(path, flags, methods=spaces.NAMES):
-    """{key: (changes, shifts)} that was measured before, with the same flags, as `flags_of` has them."""
-    if not path.exists():
-        return {}
-    kept = load_checkpoint(path)
-    if not (isinstance(kept, dict) and kept.keys() == {"flags", "weights"} and isinstance(kept["flags"], dict)):
-        raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
-    for flag, value in flags.items():
-        if kept["flags"].get(flag) != value:
-            raise InputError(
-                f"{path}: was measured with {flag} {kept['flags'].get(flag)}, not {value}; give another --sensitivity"
-            )
-    if not are_measured(kept["weights"], len(methods)):
-        raise InputError(f"{path}: is not what --scores none was told; give another --sensitivity")
-    return kept["weights"]
-
-
-def are_measured(weights, count):
-    """Whether `weights`, read from a file, are {key: what `measure` returns of `count` methods}."""
-    counts = [count] * 2
-    return isinstance(weights, dict) and all(
-        isinstance(each, tuple) and [len(tensor) for tensor in each if torch.is_tensor(tensor)] == counts
-        for each in weights.values()
-    )
+    """Those of FLAGS, of all flags and keys, as they are kept."""
+    return {flag: str(value) if isinstance(value := known[flag], Path) else value for flag in FLAGS}

@@ -78,12 +78,26 @@ def test_guidance_is_found_and_the_variance_left_aside():
 def test_a_shift_is_that_of_the_guided_output():
     pipeline = Pipeline(1)
     replay = Replay(pipeline.first, record_steps(pipeline, ("first",), [{"sample": sample()}], 1)["first"], "cpu")
-    assert replay.shift()[0] == 0
-    with torch.no_grad():
-        pipeline.first.factor *= 1.5
-    change, shift = replay.shift()
+    before = pipeline.first.factor.detach().clone()
+
+    def put(factor):
+        pipeline.first.factor.data = before * factor
+
+    assert replay.start_at([]) == 0
+    assert replay.shift(put, 1)[0] == 0
+    change, shift = replay.shift(put, 1.5)
     assert change == pytest.approx(0.25, rel=1e-4)
     assert torch.allclose(shift, 0.5 * sample().flatten() / sample().norm(), atol=1e-5)
+
+
+def test_questions_are_the_steps_with_gradients():
+    pipeline = Pipeline(3)
+    replay = Replay(pipeline.first, record_steps(pipeline, ("first",), [{"sample": sample()}], 3)["first"], "cpu")
+    questions = list(replay.questions())
+    assert [question.shape for question in questions] == [(36,)] * 3 and len({each.step for each in questions}) == 3
+    answer = questions[1].ask(range(1))
+    assert answer.shape == (1, 36) and answer.requires_grad
+    assert torch.allclose(answer[0], replay.steps[1].guided.flatten(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_sampler_that_is_not_heard_is_told():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autobuild import sensitivity
+from autobuild.first_order import Weight
 from errors import InputError
 from models.drawing import BatchSize, SamplingSettings
 from models.families import FAMILIES
@@ -207,7 +208,7 @@ def test_the_whole_output_grown_by_a_tenth_is_a_change_of_a_hundredth(sampler, r
 
 
 def test_more_bits_change_less(recording):
-    from stages.score_sources import measure
+    from stages.sensitivities import measure_one
 
     family = FAMILIES["dit"]
     sampler = load_sampler(family, "embedded", torch.device("cpu"))
@@ -215,7 +216,7 @@ def test_more_bits_change_less(recording):
     (part,) = model.parts.values()
     parameters = registry.fit(part.original)
     probe = sensitivity.Probe(sampler.denoiser, recording, BatchSize(3))
-    measured, shifts = measure([part], parameters, probe)
+    measured, shifts = measure_one(Weight([part], parameters), registry.SEARCH_SPACE, probe).values()
     assert shifts.shape == (6, 3 * 2 * 4 * 8 * 8)
     changes = dict(zip(registry.SEARCH_SPACE, measured.tolist(), strict=True))
     for algorithm in registry.ALGORITHMS:

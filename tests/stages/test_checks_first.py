@@ -14,7 +14,10 @@ from quant.file_keys import by_file_key
 from quant.files import check_writable, save_pickle
 from quant.multiquantizer import with_digests
 from stages import build_config, plot_insights, q_config, sampling, score_sources
+from stages.flags import Flags
 from stages.labelling import eval_random
+from stages.record_file import RecordFile
+from stages.sensitivities import probe_settings
 
 NONE = ("--model_id", "embedded", "--scores", "none", "--steps", 4, "--n_imgs", 2, "--calls", 2)
 
@@ -40,7 +43,8 @@ def bad_files(mq, tmp_path_factory):
     tied = key.replace("transformer_blocks.0.", "transformer_blocks.1.")
     save_pickle(dict.fromkeys(slots, "mse-4") | {tied: "mse-3"}, folder / "untied.pkl")
     torch.save(with_digests(content | {"slots": dict(list(slots.items())[:-1])}), folder / "part.pt")
-    torch.save({"flags": {}, "weights": {"a": 1}}, folder / "unmeasured.pt")
+    with RecordFile(folder / "exact", {"probe": "exact"}):
+        pass
     (folder / "labels").mkdir()
     (folder / "labels" / "quant_cache.pkl").write_bytes(pickle.dumps([{"config": []}]))
     return folder
@@ -96,8 +100,8 @@ def test_labelling_by_prompts(flags, message, tiny_mq, tmp_path, run_script, not
         (build_config, ("--multi_chkpt", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
         (build_config, ("--multi_chkpt", "{bad}/part.pt"), "part.pt: 1 of 201 layers are missing"),
         (build_config, ("--avg_bits", "2"), "--avg_bits 2: the smallest configuration of dit has"),
-        (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
-        (build_config, ("--sensitivity", "{bad}/unmeasured.pt"), "is not what --scores none was told"),
+        (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: is not what sensitivities are kept in"),
+        (build_config, ("--sensitivity", "{bad}/exact"), "was measured with probe exact, not sketch; give another"),
         (build_config, ("--sensitivity", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{root}/README.md/c.pkl"), "c.pkl: cannot be written"),
@@ -121,14 +125,18 @@ def test_without_labels_by_prompts(tiny_mq, run_script, nothing_is_loaded):
     assert code == 2 and "nowhere.txt: no such file" in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["prompts_key", "hand_over", "lora_key", "scheduler", "multiquantizer_key", "guidance"])
+FLAGS = ["prompts_key", "hand_over", "lora_key", "scheduler", "multiquantizer_key", "guidance", "directions", "methods"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
 def test_sensitivities_measured_otherwise_are_refused(tmp_path, flag):
-    measured = {"a": (torch.zeros(6), torch.zeros(6, 4))}
-    flags, path = dict.fromkeys(score_sources.FLAGS, 1), tmp_path / "said.pt"
-    torch.save({"flags": flags, "weights": measured}, path)
-    assert list(score_sources.read_measured(path, flags)) == ["a"]
-    with pytest.raises(InputError, match=f"was measured with {flag} 1, not 2; give another --sensitivity"):
-        score_sources.read_measured(path, flags | {flag: 2})
+    args = Flags(dict.fromkeys(score_sources.FLAGS, 1) | {"probe": "sketch", "directions": 3})
+    settings, path = score_sources.flags_of(args) | probe_settings(args, ["mse-4", "mse-3"]), tmp_path / "said"
+    with RecordFile(path, settings) as file:
+        file.add(["a"], {"changes": torch.zeros(6)})
+    assert RecordFile(path, settings).names == [["a"]]
+    with pytest.raises(InputError, match=f"was measured with {flag} .*, not 2; give another --sensitivity"):
+        RecordFile(path, settings | {flag: 2})
 
 
 def test_a_file_that_can_be_written(tmp_path):

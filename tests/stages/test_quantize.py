@@ -27,8 +27,9 @@ from quant.layers import packed_layers
 from quant.registry import SEARCH_SPACE
 from quant.slots import ANY_MODULE, weight_layers
 from stages import quantize as quantize_stage
-from stages import quantize_choice, quantize_files
+from stages import quantize_choice, quantize_files, sensitivities
 from stages.quantize_card import base_header
+from stages.record_file import RecordFile
 
 CALLS = {
     "flux": ("--res", 16, "--call", "max_sequence_length=16"),
@@ -314,13 +315,15 @@ def test_average_bits_are_kept_to_and_beat_the_uniform_choice(zoo_folder, tmp_pa
     """The denoiser is asked which weights are sensitive; asked again, its answers are read from their file."""
     flags = ("--model_id", zoo_folder("flux"), "--n_imgs", 2, "--steps", 2, "--calls", 2, "--no_compare", *CALLS["flux"])
     limit = 12.0
-    code, printed = quantize(*flags, "--output", tmp_path / "out", "--avg_bits", limit)
+    code, printed = quantize(*flags, "--output", tmp_path / "out", "--avg_bits", limit, "--probe", "exact")
     assert code == 0, printed
     told = float(re.search(r"average ([\d.]+) bits", printed)[1])
     assert told <= limit
     weights = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["quantization_config"]["weights"]
-    shifts = torch.load(tmp_path / "out_sensitivity.pt", weights_only=True)["weights"]["transformer"]
-    shifts = {key.removeprefix("model.").removesuffix(".weight_quantizer"): known[1][1] for key, known in shifts.items()}
+    records = RecordFile(tmp_path / "out_sensitivity.exact", {})
+    shifts = {
+        name[1].removeprefix("model.").removesuffix(".weight_quantizer"): records[name]["shifts"] for name in records.names
+    }
     assert weights.keys() == shifts.keys()
 
     def length(words):
@@ -328,8 +331,12 @@ def test_average_bits_are_kept_to_and_beat_the_uniform_choice(zoo_folder, tmp_pa
 
     uniform = [length(dict.fromkeys(weights, word)) for word in ("mse-4", "mse-3", "kmeans_all-4", "kmeans_all-3")]
     assert length(weights) < 0.9 * min(uniform)  # all of these are within the limit
-    monkeypatch.setattr(quantize_choice, "_measure_one", lambda *_: pytest.fail("asked again"))
-    again = (*flags, "--output", tmp_path / "again", "--sensitivity", tmp_path / "out_sensitivity.pt")
+    code, printed = quantize(*flags, "--output", tmp_path / "sketched", "--avg_bits", limit)
+    assert code == 0, printed
+    config = json.loads((tmp_path / "sketched" / "transformer" / "config.json").read_text())
+    assert length(config["quantization_config"]["weights"]) < 0.95 * min(uniform)
+    monkeypatch.setattr(sensitivities, "measure_one", lambda *_: pytest.fail("asked again"))
+    again = (*flags, "--output", tmp_path / "again", "--sensitivity", tmp_path / "out_sensitivity.exact", "--probe", "exact")
     code, printed = quantize(*again, "--avg_bits", limit)
     assert code == 0 and f"average {told:.3f} bits" in printed, printed
     code, printed = quantize(*again, "--avg_bits", limit, "--seed", 1, "--overwrite")
