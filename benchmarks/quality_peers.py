@@ -130,14 +130,17 @@ def quanto_groups(width):
 
 @torch.no_grad()
 def nf4(denoiser, paths):
-    """bitsandbytes' NF4: a scale in single precision for every 64 weights."""
+    """bitsandbytes' NF4: a scale in single precision for every 64 weights.
+
+    Weights are given as one row, since 0.50 reads the scales of shorter rows than 64 from wrong places on a CPU.
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     held = {}
     for path in paths:
-        weight = denoiser.get_submodule(path).weight.detach().float().contiguous()
-        codes, state = quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
-        held[path] = Held(dequantize_4bit(codes, state), (codes, state.absmax), _nf4_bytes)
+        weight = denoiser.get_submodule(path).weight.detach().float()
+        codes, state = quantize_4bit(weight.reshape(1, -1), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
+        held[path] = Held(dequantize_4bit(codes, state).reshape(weight.shape), (codes, state.absmax), _nf4_bytes)
     return held
 
 
