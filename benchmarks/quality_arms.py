@@ -26,27 +26,34 @@ class Arm:
     version: str | None = None  # of what may change under one name
 
 
+def of_ours(quantize):
+    """The build of an arm of ours: `quantize(model, sampler)` lets a QuantizedModel's weights hold quantized values.
+
+    It returns {key: quantizer's word, None for full precision} of what they hold. What corrects weights beyond their words
+    needs a build of its own, which counts the correction.
+    """
+
+    def build(denoiser, sampler):
+        model = QuantizedModel(denoiser, **sampler.family.quantization)
+        return denoiser, of_words(quantize(model, sampler), sampler.family.precision_bits)
+
+    return build
+
+
 def of_configuration(spec):
     """Ours, of what `--q_config` names in the other programs: each weight to its nearest level."""
 
-    def build(denoiser, sampler):
-        family = sampler.family
-        model = QuantizedModel(denoiser, **family.quantization)
+    def quantize(model, _sampler):
         configuration = q_config.load(spec, model.slots)
         model.apply(configuration)
-        return denoiser, of_words(configuration, family.precision_bits)
+        return configuration
 
-    return build
+    return of_ours(quantize)
 
 
 def configuration_arm(path, title):
     """The arm of a configuration's file, which is measured again when its content changes."""
     return Arm(title, of_configuration(str(path)), version=q_config.key(path).rpartition(" ")[2])
-
-
-def _full_precision(denoiser, sampler):
-    model = QuantizedModel(denoiser, **sampler.family.quantization)
-    return denoiser, of_words(dict.fromkeys(model.slots), sampler.family.precision_bits)
 
 
 def _ours(title, word):
@@ -62,8 +69,9 @@ def _gguf(kind, padded):
     return Arm(title, of_peer(peers.gguf, kind=kind, padded=padded), "gguf")
 
 
+# Each is measured under its name here. Calibrated arms of ours, and plain GPTQ, are `of_ours(function)` as well.
 ARMS = {
-    "float": Arm("full precision", _full_precision),
+    "float": Arm("full precision", of_ours(lambda model, _sampler: dict.fromkeys(model.slots))),
     "mse-4": _ours("UAQ, 4 bits", "mse-4"),
     "mse-3": _ours("UAQ, 3 bits", "mse-3"),
     "kmeans-4": _ours("K-Means-C, 4 bits", "kmeans-4"),
