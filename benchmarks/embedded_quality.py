@@ -62,14 +62,23 @@ class Judge:
         """Which pictures show the `answers` [N, parts], part by part."""
         return classify(self.classifier, pictures).numpy()[:, : answers.shape[1]] == answers
 
-    def judge(self, pictures, answers, originals):
-        """FID, share that shows what was asked for, and mean squared change from the full-precision pictures."""
-        features = fid.image_features(pictures, self.extractor, torch.device("cpu"))
+    def distances(self, pictures, originals):
+        """FID, and mean squared differences of pixels (0..1) and of features to the full-precision pictures."""
+        features, wanted = (fid.image_features(each, self.extractor, torch.device("cpu")) for each in (pictures, originals))
         change = (pictures.astype(np.float32) - originals) / 255
         return {
-            "fid": round(fid.distance(features, self.reference), 3),
+            "fid": fid.distance(features, self.reference),
+            "image_mse": float((change**2).mean()),
+            "feature_mse": float(((features - wanted) ** 2).mean()),
+        }
+
+    def judge(self, pictures, answers, originals):
+        """FID, share that shows what was asked for, and mean squared change from the full-precision pictures."""
+        distances = self.distances(pictures, originals)
+        return {
+            "fid": round(distances["fid"], 3),
             "right": round(float(self.right(pictures, answers).all(axis=1).mean()), 4),
-            "mean_squared_change": round(float((change**2).mean()), 5),
+            "mean_squared_change": round(distances["image_mse"], 5),
         }
 
 

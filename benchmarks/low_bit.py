@@ -14,7 +14,6 @@ to full precision in the same dtype. Run it where nothing else runs. Writes benc
 """
 
 import argparse
-import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
 from benchmarks.low_bit_arms import ARMS, load, write, write_float
 from benchmarks.low_bit_tune import tune
-from benchmarks.machine import finish, peak_memory, reset_peak_memory, status_bytes, write_result
+from benchmarks.machine import finish, installed_version, peak_memory, reset_peak_memory, status_bytes, write_result
 from benchmarks.real_parts import VAE
 from errors import first_line
 from models import geometry
@@ -214,16 +213,6 @@ def compare(name, args, keep):
     return lines
 
 
-def peer_versions():
-    versions = {}
-    for name in PEERS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
@@ -256,7 +245,11 @@ def main():
         lines = []
         for name in args.geometries:
             lines += compare(name, args, args.folder or temporary)
-            result = {"threads": torch.get_num_threads(), "peers": peer_versions(), "lines": lines}
+            result = {
+                "threads": torch.get_num_threads(),
+                "peers": {name: installed_version(name) for name in PEERS},
+                "lines": lines,
+            }
             if args.device == "cuda":
                 result |= {"capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
             write_result(f"low_bit_{args.machine}", result)

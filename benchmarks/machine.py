@@ -17,6 +17,14 @@ def describe_machine():
     return {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), **versions}
 
 
+def installed_version(name):
+    """Version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def write_result(name, result):
     """Write `benchmarks/results/<name>.json`, the machine included."""
     RESULTS.mkdir(exist_ok=True)

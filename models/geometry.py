@@ -6,6 +6,8 @@ Source: the config.json files of the models' repositories on the Hub. The weight
 import diffusers
 import torch
 
+from quant.slots import find_slots
+
 XL2 = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -69,6 +71,13 @@ def build(name, **changes):
     """The family's denoiser at real size, on torch's default device; `changes` are of its configuration."""
     class_name, config, _ = GEOMETRIES[name]
     return getattr(diffusers, class_name)(**config | changes)
+
+
+def real_shapes(family):
+    """{key: shape [C, ...]} of the family's weights at real size, by the same keys as its embedded model's."""
+    with torch.device("meta"):
+        denoiser = build(family.name)
+    return {key: slot.shape for key, slot in find_slots(denoiser, family.slot_rules).items()}
 
 
 def example_inputs(name, denoiser, batch=1, pixels=None):
