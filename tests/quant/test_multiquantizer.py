@@ -137,6 +137,12 @@ def damage_parameter(method, name, value):
         damage_parameter("kmeans-4", "centroids", torch.ones(32, 40)),
         damage_parameter("kmeans-3", "centroids", torch.arange(32 * 8.0).flip(0).view(32, 8)),
         damage_parameter("kmeans_all-4", "centroids", torch.ones(2, 8)),
+        damage_parameter("kmeans-4", "boundaries", torch.zeros(32, 10_000)),
+        damage_parameter("mse-4", "boundaries", torch.zeros(32)),
+        damage_parameter("mse-4", "zero_point", torch.full([32], 2**62)),
+        damage_parameter("mse-4", "zero_point", torch.full([32], 2**31 - 1, dtype=torch.int32)),
+        damage_parameter("mse-4", "scale", torch.ones(1).half().expand(32)),
+        lambda content: content["slots"][file_key("proj_out_1")].update(more=1),
     ],
 )
 def test_damaged_files_are_refused(built, tmp_path, model, damage):
@@ -161,6 +167,35 @@ def test_entries_hold_whatever_words(tmp_path, model):
     assert not multiquantizer.holds(tmp_path / "other.pt", model)
     shutil.copy(tmp_path / "other.pt", tmp_path / "mq.pt.partial")
     assert all(entries_module.has_words(entry) for entry in multiquantizer.build(model, tmp_path / "mq.pt").values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(precision_bits=32),
+        lambda content: content.update(prefix="proj_out_1"),
+        lambda content: content.update(more=1),
+        lambda content: content.pop("digest"),
+        lambda content: content.pop("digests"),
+        lambda content: content["slots"].pop(file_key("proj_out_1")),
+        lambda content: content["slots"][file_key("proj_out_1")]["errors"].update({"mse-3": 0.5}),
+        lambda content: content["slots"][file_key("proj_out_1")]["parameters"]["mse-3"]["scale"].mul_(2),
+        lambda content: content["slots"][file_key("proj_out_1")].update(fingerprint="0" * 32),
+        damage_parameter("mse-4", "scale", torch.ones(32).to_sparse()),
+    ],
+)
+def test_what_is_not_as_it_was_written_is_refused(built, tmp_path, model, change):
+    content = torch.load(built[0], weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "changed.pt")
+    with pytest.raises(InputError, match=r"changed\.pt: damaged multiquantizer .*; make it again"):
+        multiquantizer.load(tmp_path / "changed.pt", model)
+
+
+def test_a_file_of_the_version_before_is_refused(built, tmp_path, model):
+    torch.save(torch.load(built[0], weights_only=True) | {"version": 1}, tmp_path / "old.pt")
+    with pytest.raises(InputError, match=r"old\.pt: multiquantizer version 1, this program reads 2; make it again"):
+        multiquantizer.load(tmp_path / "old.pt", model)
 
 
 def change_words(change):
