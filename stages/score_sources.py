@@ -192,7 +192,7 @@ def measure_missing(args, family, flags, device, prompts, keys, known):
     return entries
 
 
-def measure(parts, parameters, probe, methods):
+def measure(parts, parameters, probe, methods=spaces.NAMES):
     """(changes [M], shifts [M, K]) under the methods of a weight, in all the places where it stands."""
 
     def put(name):
