@@ -15,7 +15,7 @@ from autobuild.relaxation import Relaxation
 from autobuild.search import best_within, decisions_of_weights
 
 LEAST_GAIN = 1e-4  # of a round of exchanges, relative; with less it is the last
-DRAWN_STARTS = 8
+DRAWN_STARTS = 16
 DRAWN_SHARE, LEAST_DRAWN = 0.1, 4  # of weights whose methods are drawn
 SEED = 0
 

@@ -40,22 +40,23 @@ class DamagedFile(InputError):
     """A multiquantizer that is not as it was written, or was written by another version: of no use, whatever it is of."""
 
 
-def build(model, path, prefix="", overwrite=False):
-    """Fit the search space to all weights of a QuantizedModel, or those of modules in `prefix`, and write `path`.
+def build(model, path, prefix="", overwrite=False, words=registry.SEARCH_SPACE):
+    """Fit quantizers of `words` to all weights of a QuantizedModel, or those of modules in `prefix`, and write `path`.
 
-    This is `model.fit` in a form that goes on where it was cut off, from its last checkpoint. Returns the entries that
-    the file has. InputError if `path`, or that checkpoint, holds anything but quantizers of these weights, unless it may
+    What `path` holds of these weights already stays in it, other words too, unless it is to `overwrite`. This is
+    `model.fit` in a form that goes on where it was cut off, from its last checkpoint. Returns the entries that the file
+    has. InputError if `path`, or that checkpoint, holds anything but quantizers of these weights, unless it may
     `overwrite` it.
     """
     partial = Path(f"{path}.partial")
-    if not overwrite:
-        holds(path, model, prefix)
+    if not overwrite and not holds(path, model, prefix, words) and Path(path).exists():
+        model.entries = model.entries | _own_entries(load_checkpoint(path), path, model)
     model.entries = model.entries | _resume(partial, model, overwrite)
     keys = _keys_in(model, prefix)
     device = model.weight(next(iter(model.slots))).device
     registry.fit(torch.eye(2, 4, dtype=model.dtype, device=device))  # compiles the kernels: the time left is right at once
     try:
-        _fit(model, keys, lambda: save(model, partial, prefix))
+        _fit(model, keys, words, lambda: save(model, partial, prefix))
         if not overwrite:
             holds(path, model, prefix)  # another build may have put its own there meanwhile
     except BaseException:  # an interrupt too
@@ -66,14 +67,14 @@ def build(model, path, prefix="", overwrite=False):
     return {key: model.entries[key] for key in keys}
 
 
-def _fit(model, keys, checkpoint):
-    """Fit what the model's weights `keys` lack; calls `checkpoint` now and then."""
+def _fit(model, keys, words, checkpoint):
+    """Fit what the model's weights `keys` lack of the words; calls `checkpoint` now and then."""
     saved = time.monotonic()
     sizes = {key: model.slots[key].shape.numel() for key in keys}
     with tqdm(total=sum(sizes.values()), unit=" weights", unit_scale=True) as progress:
         for number, key in enumerate(keys, start=1):
             progress.set_postfix_str(f"layer {number}/{len(keys)}", refresh=False)
-            model.fit_weight(key)
+            model.fit_weight(key, words)
             progress.update(sizes[key])
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint()
@@ -109,8 +110,8 @@ def _resume(partial, model, overwrite):
     return entries
 
 
-def holds(path, model, prefix=""):
-    """Whether `path` holds the search space's quantizers of all the model's weights, or of modules in `prefix`.
+def holds(path, model, prefix="", words=registry.SEARCH_SPACE):
+    """Whether `path` holds quantizers of `words` of all the model's weights, or of modules in `prefix`.
 
     InputError if it holds anything else, the quantizers of other weights above all; nothing, or some of these, is False.
     """
@@ -118,7 +119,7 @@ def holds(path, model, prefix=""):
         return False
     with _ways_out():
         entries = _own_entries(load_checkpoint(path), path, model)
-    return all(key in entries and has_words(entries[key]) for key in _keys_in(model, prefix))
+    return all(key in entries and has_words(entries[key], words) for key in _keys_in(model, prefix))
 
 
 def check_replaceable(path, name):

@@ -160,6 +160,10 @@ FLUX = ("--n_imgs", 0, "--config", "uniform:mse-4")
         (("--config", "nowhere.pkl"), "nowhere.pkl: no such file"),
         (("--avg_bits", 1), "the smallest configuration of"),
         (("--avg_bits", 4, "--config", "uniform:mse-4"), "give one of them"),
+        (("--config", "uniform:mse-4", "--fix", "proj_out=float"), "--fix: is for the search that --avg_bits asks for"),
+        (("--avg_bits", 12, "--methods", "mse-4", "mse-9"), "unknown quantizer 'mse-9'"),
+        (("--avg_bits", 12, "--fix", "nowhere=mse-4"), "--fix nowhere=mse-4: the search space has only affine-2"),
+        (("--avg_bits", 12, "--min_bits", "nowhere=4"), "--min_bits nowhere=4: no weight of"),
         (("--exclude", "no_such_layer"), "--exclude no_such_layer: no weight of transformer lies there"),
         (("--exclude", "*"), "its transformer has no weight that can be quantized"),
         (("--call", "no_such=1"), "--call no_such: FluxPipeline has no such argument"),
@@ -314,6 +318,7 @@ def test_denoisers_are_found_by_what_they_are(name):
 def test_average_bits_are_kept_to_and_beat_the_uniform_choice(zoo_folder, tmp_path, monkeypatch):
     """The denoiser is asked which weights are sensitive; asked again, its answers are read from their file."""
     flags = ("--model_id", zoo_folder("flux"), "--n_imgs", 2, "--steps", 2, "--calls", 2, "--no_compare", *CALLS["flux"])
+    flags += ("--methods", *SEARCH_SPACE)
     limit = 12.0
     code, printed = quantize(*flags, "--output", tmp_path / "out", "--avg_bits", limit, "--probe", "exact")
     assert code == 0, printed
