@@ -13,6 +13,7 @@ benchmarks/results/quality_<family>.json.
 import argparse
 import copy
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -196,9 +197,13 @@ def parse_args():
 def main():
     args = parse_args()
     args.outdir.mkdir(parents=True, exist_ok=True)
-    results, left_out = measure_all(chosen_arms(args), Measuring(FAMILIES[args.family], args), args.seeds)
+    arms = chosen_arms(args)
+    results, left_out = measure_all(arms, Measuring(FAMILIES[args.family], args), args.seeds)
+    complete = len(results) + len(left_out) == len(arms)
     left_out |= LEFT_OUT
     print("\n".join(["", *table(results, left_out, args)]))
+    if not complete:
+        sys.exit(130)  # interrupted, as a shell has it
     told = {name: args[name] for name in ("family", "n_imgs", "seeds", "guidance")}
     write_result(f"quality_{args.family}", told | {"arms": results, "left_out": left_out})
 

@@ -91,6 +91,8 @@ ARMS = {
     "sdnq-uint3-hadamard": _sdnq(", Hadamard", 3, hadamard=True),
     "sdnq-uint3-dynamic": _sdnq(", dynamic", 3, dynamic=True),
     "sdnq-uint2-dynamic": _sdnq(", dynamic", 2, dynamic=True),
+    "sdnq-uint3-dynamic-hadamard": _sdnq(", dynamic, Hadamard", 3, dynamic=True, hadamard=True),
+    "sdnq-uint2-dynamic-hadamard": _sdnq(", dynamic, Hadamard", 2, dynamic=True, hadamard=True),
     "sdnq-uint4-codebook": _sdnq(", codebooks", 4, codebook=True),
     "sdnq-uint3-codebook": _sdnq(", codebooks", 3, codebook=True),
     "quanto-int4": Arm("optimum-quanto qint4", of_peer(peers.quanto), "optimum-quanto"),
