@@ -75,8 +75,8 @@ def apply(weight, centroids, boundaries=None):
     """
     boundaries = boundaries_of(centroids) if boundaries is None else boundaries
     own = (len(weight),) if centroids.ndim > 1 else ()
-    expect("centroids", centroids, (*own, None), *FLOATS)
-    expect("boundaries", boundaries, (*own, centroids.shape[-1] - 1), *FLOATS)
+    expect("centroids", centroids.contiguous(), (*own, None), *FLOATS)
+    expect("boundaries", boundaries.contiguous(), (*own, centroids.shape[-1] - 1), *FLOATS)
     if weight.device.type != "cpu" or centroids.dtype == torch.float64 or weight.dtype == torch.float64:
         return dequantize(assign_by_boundaries(weight, boundaries), centroids)
     rows = weight.reshape(len(weight), -1).float()
@@ -96,7 +96,7 @@ def dequantize(codes, centroids):
 
 def _as_tensors(bits, centroids, weight):
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return {b: table.to(weight.device, dtype) for b, table in zip(bits, centroids, strict=True)}
+    return {b: table.to(weight.device, dtype).contiguous() for b, table in zip(bits, centroids, strict=True)}
 
 
 @kernel(parallel=True, nogil=True)

@@ -353,10 +353,10 @@ class WholeKMeans(ChannelKMeans):
 
 
 def _is_plain(tensor):
-    """Whether it is an ordinary tensor, dense and in one piece, as every kernel takes them."""
+    """Whether it is an ordinary dense tensor, as every kernel takes them."""
     if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         return False
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return not tensor.is_conj() and not tensor.is_neg()
 
 
 def _is_ascending(table, shape):

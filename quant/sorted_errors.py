@@ -23,8 +23,8 @@ DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}
 def of_uaq(rows, scale, zero_point, bits):
     """Sum over channels of the mean |w - w'|^2.4 of float32 `rows` [C, n] under UAQ."""
     expect("rows", rows, (None, None), np.float32)
-    expect("scale", scale, (len(rows),), *DROPPED_BITS)
-    expect("zero_point", zero_point, (len(rows),), torch.int8, torch.int16, torch.int32)
+    expect("scale", scale.contiguous(), (len(rows),), *DROPPED_BITS)
+    expect("zero_point", zero_point.contiguous(), (len(rows),), torch.int8, torch.int16, torch.int32)
     codes = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows), -1)
     levels = uaq.dequantize(codes, scale, zero_point).float().numpy()
     zeros = zero_point.to(scale.dtype).float().numpy()
@@ -45,7 +45,7 @@ def of_affine(rows, scale, offset, bits):
 def of_kmeans(rows, centroids):
     """The same under K-Means with `centroids` [k] or [C, k]."""
     expect("rows", rows, (None, None), np.float32)
-    expect("centroids", centroids, (len(rows), None) if centroids.ndim > 1 else (None,), *DROPPED_BITS)
+    expect("centroids", centroids.contiguous(), (len(rows), None) if centroids.ndim > 1 else (None,), *DROPPED_BITS)
     levels = centroids.expand(len(rows), -1)
     out = np.empty(len(rows))
     run(_of_kmeans, rows, boundaries_of(levels).numpy(), levels.float().numpy(), out)

@@ -20,6 +20,7 @@ from quant.rows import run
 SHRINKS = tuple(1 - tenth / 10 for tenth in range(10))
 MOST_ZERO = {torch.float16: 2**15}  # so that a code and a zero point make a number of that precision
 MOST_ZERO_ELSE = 2**30
+LARGE = 128  # a number whose 255-fold half precision holds, and little beyond
 _SHRINKS_32 = np.array(SHRINKS, np.float32)
 
 
@@ -68,7 +69,7 @@ def fit(weight, bits, importance=None):
     scale = torch.where(constant & (low != 0), low.abs(), scale)
     zero_point = torch.where(constant, (low < 0).to(scale.dtype), zero_point)
     # As the outermost level, which is exact too, a large number has none beyond it that could overflow.
-    outermost = constant & (torch.ldexp(low.abs(), exponent) > 1)
+    outermost = constant & (torch.ldexp(low.abs(), exponent) > LARGE)
     scale = torch.where(outermost, scale / 2**bits, scale)
     zero_point = torch.where(outermost, torch.where(low < 0, 2.0**bits, -1.0), zero_point)
     return torch.ldexp(scale, exponent), zero_point
@@ -166,7 +167,7 @@ def _fit_rows(rows, tops, shrinks, out):
             scale, zero_point = _search(scaled, low, high, tops[b], shrinks)
             if low == high:
                 scale, zero_point = abs(low) if low != 0 else np.float32(1), np.float32(low < 0)
-                if abs(low) * np.float32(2.0**exponent) > 1:  # see `fit`
+                if abs(low) * np.float32(2.0**exponent) > LARGE:  # see `fit`
                     count = tops[b] + np.float32(1)
                     scale, zero_point = scale / count, count if low < 0 else np.float32(-1)
             out[0, b, channel] = scale * np.float32(2.0**exponent)

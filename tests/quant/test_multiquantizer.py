@@ -141,7 +141,6 @@ def damage_parameter(method, name, value):
         damage_parameter("mse-4", "boundaries", torch.zeros(32)),
         damage_parameter("mse-4", "zero_point", torch.full([32], 2**62)),
         damage_parameter("mse-4", "zero_point", torch.full([32], 2**31 - 1, dtype=torch.int32)),
-        damage_parameter("mse-4", "scale", torch.ones(1).half().expand(32)),
         lambda content: content["slots"][file_key("proj_out_1")].update(more=1),
     ],
 )
