@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, named
 from quant import published, registry
 from quant.entries import fingerprint, has_words, is_entry
 from quant.file_keys import by_file_key, by_weight
@@ -125,7 +125,7 @@ def _own_entries(content, path, model):
     if len(own) < len(entries):
         known = by_file_key(own, model.slots)
         foreign = next(key for key in entries if key not in known)
-        raise InputError(f"{path}: has {foreign}, which this denoiser has not")
+        raise InputError(f"{path}: has {named(foreign)}, which this denoiser has not")
     check_fits(own, path, model)
     return own
 
@@ -201,7 +201,7 @@ def check_complete(entries, path, slots):
     known = {slot.file_key for slot in slots.values()}
     unknown = [key for key in entries if key not in known]
     if unknown:
-        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {named(unknown[0])}")
 
 
 def check_fits(entries, path, model):
@@ -248,11 +248,11 @@ def _read(content, path, name):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a multiquantizer")
     if content.get("version") != VERSION:
-        raise InputError(f"{path}: multiquantizer version {content.get('version')}, this program reads {VERSION}")
+        raise InputError(f"{path}: multiquantizer version {named(content.get('version'))}, this program reads {VERSION}")
     if content.get("family") != name:
-        raise InputError(f"{path}: a multiquantizer of {content.get('family')}, not of {name}")
+        raise InputError(f"{path}: a multiquantizer of {named(content.get('family'))}, not of {name}")
     entries = content.get("slots")
     damaged = [key for key, entry in entries.items() if not is_entry(entry)] if isinstance(entries, dict) else ["slots"]
     if damaged:
-        raise InputError(f"{path}: damaged multiquantizer ({damaged[0]})")
+        raise InputError(f"{path}: damaged multiquantizer ({named(damaged[0])})")
     return entries
