@@ -40,6 +40,11 @@ def shown(value):
         return f"a {type(value).__name__}"
 
 
+def named(value, limit=100):
+    """What a file has for a name, in a message: as it is, if it is a text and not too long."""
+    return value[:limit] if isinstance(value, str) else shown(value)
+
+
 def system_reason(reason):
     """What the operating system says by an OSError, in a few words."""
     if reason.errno in DISK_FULL:

@@ -5,7 +5,7 @@ In files the keys are those of quant/file_keys.py; `load` gives weights' own key
 
 import numpy as np
 
-from errors import InputError, shown
+from errors import InputError, named, shown
 from quant.entries import fitted
 from quant.file_keys import by_file_key, by_weight, file_ties, tied_file_key
 from quant.files import load_pickle, save_pickle
@@ -49,7 +49,7 @@ def check(configuration, ties, name="configuration"):
     """Raise InputError, naming the key, unless every key of `ties` has a known method, and that of its tie."""
     unknown = [key for key in configuration if key not in ties]
     if unknown:
-        raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+        raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {named(unknown[0])}")
     missing = [key for key in ties if key not in configuration]
     if missing:
         raise InputError(f"{name}: {len(missing)} of {len(ties)} keys are missing, first {missing[0]}")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, named
 from quant import published, registry
 from quant.digests import digest_of
 from quant.entries import fingerprint, has_words, is_entry
@@ -136,7 +136,7 @@ def _own_entries(content, path, model):
     if len(own) < len(entries):
         known = by_file_key(own, model.slots)
         foreign = next(key for key in entries if key not in known)
-        raise InputError(f"{path}: has {foreign}, which this denoiser has not")
+        raise InputError(f"{path}: has {named(foreign)}, which this denoiser has not")
     check_fits(own, path, model)
     return own
 
@@ -219,7 +219,7 @@ def check_complete(entries, path, slots):
     known = {slot.file_key for slot in slots.values()}
     unknown = [key for key in entries if key not in known]
     if unknown:
-        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {unknown[0]}")
+        raise InputError(f"{path}: {len(unknown)} keys are not of this denoiser, first {named(unknown[0])}")
 
 
 def check_fits(entries, path, model):
@@ -267,14 +267,14 @@ def _read(content, path, name):
         raise InputError(f"{path}: not a multiquantizer")
     version = content.get("version")
     if not isinstance(version, int) or version != VERSION:
-        raise DamagedFile(f"{path}: multiquantizer version {str(version)[:20]}, this program reads {VERSION}; make it again")
+        raise DamagedFile(f"{path}: multiquantizer version {named(version)}, this program reads {VERSION}; make it again")
     if content.get("family") != name:
-        raise InputError(f"{path}: a multiquantizer of {str(content.get('family'))[:80]}, not of {name}")
+        raise InputError(f"{path}: a multiquantizer of {named(content.get('family'))}, not of {name}")
     entries = content.get("slots")
     damaged = [key for key, entry in entries.items() if not is_entry(entry)] if isinstance(entries, dict) else ["slots"]
     damaged = damaged or _changed(content)
     if damaged:
-        raise DamagedFile(f"{path}: damaged multiquantizer ({str(damaged[0])[:200]}); make it again")
+        raise DamagedFile(f"{path}: damaged multiquantizer ({named(damaged[0])}); make it again")
     return entries
 
 

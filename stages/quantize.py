@@ -17,7 +17,7 @@ from tqdm import tqdm
 from autobuild.replay import Replay, record_steps
 from errors import InputError
 from models import any_pipeline as pipelines
-from models.components import quiet_loading, refuse_quantized
+from models.components import one_line, quiet_loading, refuse_quantized
 from models.pipelines import pick_device
 from quant import config
 from quant.files import check_writable
@@ -59,7 +59,8 @@ def main():
     device = pick_device(args.device)
     if args.offload != "none" and device.type == "cpu":
         raise InputError(f"--offload {args.offload}: is for GPUs, whose memory it saves; leave it out on the CPU")
-    job = Job(args, device)
+    with one_line(args.model_id, "configuration"):
+        job = Job(args, device)
     work = make_work_folder(args.output.resolve())
     with only_run_in(work), library_notes(Once(lambda note: None)):
         remove_leftovers(work)

@@ -1,7 +1,6 @@
 """What is said of a kind of file."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from mutations import mutate
@@ -19,8 +18,3 @@ class Kind(NamedTuple):
     rewrite: Callable | None = None  # (path, random numbers): writes it anew, its digest right, its content not
     count: int = 200  # mutations in the short tests
     beside: Callable = lambda path: [path]  # the files of which one is mutated
-
-
-def text_of(path):
-    """The bytes of a file."""
-    return Path(path).read_bytes()

@@ -3,6 +3,8 @@
 import functools
 import json
 import shutil
+import sys
+from unittest import mock
 
 import torch
 from compvis_checkpoint import compvis_state
@@ -11,6 +13,7 @@ from packed_models import packed
 from safetensors.torch import save_file
 from small_clip import save_clip
 
+from models import any_pipeline, components
 from models.clip import load_clip
 from models.components import pickled_dtypes_of
 from models.families import FAMILIES
@@ -23,7 +26,7 @@ from mutations.kinds_of_runs import rewritten
 from quant import multiquantizer
 from quant.files import load_checkpoint, save_checkpoint
 from quant.packed_folder import load_packed, save_packed
-from stages import sampling
+from stages import quantize, sampling
 from stages.labelling import eval_random
 from stages.quantize_card import base_header
 
@@ -148,6 +151,17 @@ def read_pipeline(family):
     return read
 
 
+def read_to_quantize(path):
+    """As quantize.py does before it makes anything, and then the denoiser."""
+    flags = ["quantize.py", "--model_id", str(path.parent), "--output", str(path.parents[1] / "out")]
+    with mock.patch.object(sys, "argv", flags), components.one_line(path, "configuration"):
+        job = quantize.Job(quantize.parse_args(), CPU)
+    for name in job.names:
+        job._denoiser(name)
+    files = any_pipeline.needed_files(job.source, job.names, job.variants)
+    job.source.fetch(files.values())
+
+
 def make_single_file(folder):
     pipeline = load_sampler(SDV15, "embedded", CPU).pipeline
     save_file(
@@ -220,6 +234,7 @@ MODELS = (
         beside=small_files,
         count=5,
     ),
+    Kind("pipeline to quantize", make_pipeline("dit"), read_to_quantize, (), mutate=both, beside=small_files, count=10),
     Kind("SD 1.5 pipeline", make_pipeline("sdv15"), read_pipeline(SDV15), (), mutate=both, beside=small_files, count=3),
     Kind(
         "single file",

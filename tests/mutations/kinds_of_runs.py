@@ -177,7 +177,7 @@ RUNS = (
         read_labels,
         ("evaluation.quant_cache.load",),
         rewrite=rewritten(load_pickle, save_pickle),
-        count=400,
+        count=300,
     ),
     Kind(
         "settings",
@@ -192,7 +192,7 @@ RUNS = (
         ("stages.labelling.json_lines.load", "quant.checked_files.from_json"),
         has_digest=True,
         mutate=lambda content, rng: rng.choice((mutate.of_bytes, mutate.of_json))(content, rng),
-        count=400,
+        count=300,
     ),
     Kind(
         "full precision's row",
@@ -204,7 +204,7 @@ RUNS = (
         ("stages.labelling.label_runs.full_precision_row",),
         has_digest=True,
         mutate=lambda content, rng: rng.choice((mutate.of_bytes, mutate.of_json))(content, rng),
-        count=400,
+        count=300,
     ),
     Kind(
         "full precision's images",
@@ -213,7 +213,7 @@ RUNS = (
         ("stages.labelling.full_precision.load", "quant.checked_files.read", "quant.checked_files._array"),
         has_digest=True,
         beside=lambda path: sorted(path.parent.iterdir()),
-        count=400,
+        count=300,
     ),
     Kind(
         "parts",
@@ -222,7 +222,7 @@ RUNS = (
         ("stages.labelling.task_results.load", "quant.checked_files.load_arrays"),
         has_digest=True,
         rewrite=rewritten(checked_files.load_arrays, save_arrays),
-        count=400,
+        count=300,
     ),
     Kind(
         "prompt embeddings",
@@ -240,7 +240,14 @@ RUNS = (
         has_digest=True,
         rewrite=rewritten(checked_files.load_arrays, save_arrays),
     ),
-    Kind("digits of the reference", make_reference, read_reference, ("models.embedded.judge._is_picture",), has_digest=True),
+    Kind(
+        "digits of the reference",
+        make_reference,
+        read_reference,
+        ("models.embedded.judge._is_picture",),
+        has_digest=True,
+        count=100,
+    ),
     Kind(
         "predictor",
         make_predictor,

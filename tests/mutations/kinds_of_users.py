@@ -70,7 +70,6 @@ USERS = (
         read_configuration,
         ("quant.files.load_pickle", "stages.q_config._from_file", "quant.config.read_file", "stages.q_config.key"),
         rewrite=rewritten(load_pickle, save_pickle),
-        count=400,
     ),
     Kind("row of labels", make_labels, read_row, (), rewrite=rewritten(load_pickle, save_pickle)),
     prompts("prompts.txt", "a red seven\n# not this\ntwo, blue\n"),

@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import time
 
 import numpy as np
@@ -34,13 +35,14 @@ def own_folders(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def bounded():
-    """Whatever takes longer than SECONDS, or more than BYTES of memory, fails."""
+    """Whatever takes longer than SECONDS, or more than BYTES of memory, fails: here, if the reader hides that it has."""
 
     def too_long(_signal, _frame):
         raise TimeoutError(f"longer than {SECONDS} s")
 
     before, limits = signal.signal(signal.SIGALRM, too_long), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + BYTES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 4 * BYTES, limits[1]))
+    start, most = time.monotonic(), peak_bytes()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
@@ -48,6 +50,13 @@ def bounded():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        assert time.monotonic() - start < SECONDS, f"longer than {SECONDS} s"
+        assert peak_bytes() - most < BYTES, f"more than {BYTES:,} bytes"
+
+
+def peak_bytes():
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def frozen(value):

@@ -41,7 +41,7 @@ def pipeline(built_once):
 
 
 def training(folder, cache):
-    flags = ("--family", "pixart_alpha", "--cache", cache, "--epochs", 3, "--output", folder / "p.pt")
+    flags = ("--family", "pixart_alpha", "--cache", cache, "--epochs", 1, "--output", folder / "p.pt")
     return "train_predictor.py", flags, lambda: folds_of(folder / "p.pt")
 
 
