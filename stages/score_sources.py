@@ -114,7 +114,7 @@ def measured(args, family, avg_bits):
     if entries is not None:
         check_avg_bits(spaces.of_multiquantizer(family, entries, args.multi_chkpt), avg_bits)
     check_writable(args.sensitivity)
-    records = RecordFile(args.sensitivity, flags_of(args | told) | probe_settings(args, spaces.NAMES))
+    records = RecordFile(args.sensitivity, probe_settings(args, spaces.NAMES) | flags_of(args | told))
     keys = spaces.graph_and_keys(family.name)[1]
     known = Measured(records, [[each[0]] for each in keys], ["sketch"])
     if entries is None or not known.is_complete:
