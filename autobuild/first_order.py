@@ -24,6 +24,7 @@ from quant.registry import quantizer
 
 GRADIENT_NUMBERS = 2**25  # of the gradients of several images that are held together
 MEMORY_SHARE = 0.25  # of the free memory, for differences that are kept, and for what a backward pass needs
+MEMORY_BOUND = 4  # how much longer reading a number takes than a product
 LEAST_SCALE = 2.0**-24  # of directions, in half precision
 WEIGHT_GRADIENTS = {1: nn.grad.conv1d_weight, 2: nn.grad.conv2d_weight, 3: nn.grad.conv3d_weight}
 
@@ -66,7 +67,7 @@ class FirstOrder:
             self.scale /= 16
 
     def _products(self, ask, rows, directions):
-        taps = _Taps(self, rows, len(directions[0]))
+        taps = _Taps(self, rows, len(directions[0]), len(directions))
         found = []
         with torch.enable_grad(), self._checkpointing(), taps:
             guided = ask()
@@ -82,7 +83,7 @@ class FirstOrder:
         """Have activations computed again if those of a backward pass take more than their share of the free memory."""
         self.checkpoints = False
         if getattr(self.denoiser, "_supports_gradient_checkpointing", False):
-            with torch.enable_grad(), _Taps(self, images, images):
+            with torch.enable_grad(), _Taps(self, images, images, 1):
                 self.checkpoints = saves_more_than(MEMORY_SHARE * free_bytes(self.device), self.denoiser, ask)
 
     @contextlib.contextmanager
@@ -114,9 +115,11 @@ class FirstOrder:
 class _Taps(contextlib.ExitStack):
     """While it is entered, backward passes add to `found` [W, M, N] what gradients are along the differences of weights."""
 
-    def __init__(self, owner, rows, images):
+    def __init__(self, owner, rows, images, directions):
         super().__init__()
         self.owner, self.rows, self.images = owner, rows, images
+        self.directions = 1 if owner.checkpoints else directions  # backward passes by the same activations
+        self.left_bytes = MEMORY_SHARE * free_bytes(owner.device)  # for what differences make of inputs
         shape = (len(owner.weights), len(owner.words), images)
         self.found = torch.zeros(shape, dtype=owner.dtype, device=owner.device)
         self.anchor = torch.zeros((), device=owner.device, requires_grad=True)  # what all outputs depend on
@@ -134,18 +137,49 @@ class _Taps(contextlib.ExitStack):
         return _Tap.apply(output, inputs[0].detach(), self.anchor, layer, self)
 
     @torch.no_grad()
-    def add(self, layer, input, gradient):
-        """Add what the gradients of one call of a layer, by its weight, are along the differences, image by image."""
-        size = max(1, GRADIENT_NUMBERS // layer.weight.numel())
-        images = range(self.images)
+    def add(self, layer, input, gradient, moved):
+        """Add what the gradients of one call of a layer, by its weight, are along the differences, image by image.
+
+        `moved` {number of a weight: input times its differences} is for all backward passes of the call.
+        """
         input, gradient = self._by_image(input), self._by_image(gradient)
-        for first in images[::size]:
+        if moved or self._moves(layer, input):
+            self._add_moved(layer, input, gradient, moved)
+            return
+        size = max(1, GRADIENT_NUMBERS // layer.weight.numel())
+        for first in range(0, self.images, size):
             some = slice(first, first + size)
             of_weight = weight_gradients(layer, input[some], gradient[some])
             for number, slot in self.of_layer[layer]:
                 part = of_weight if slot.inputs is None else of_weight[:, :, slice(*slot.inputs)]
                 along = part.flatten(1).to(self.owner.dtype) @ self.owner.differences(number).T
                 self.found[number, :, some] += along.T
+
+    def _moves(self, layer, input):
+        """Whether it is less work to multiply a layer's input by the differences, once for all directions, than to compute
+        a gradient for each; and there is memory for it.
+        """
+        if not isinstance(layer, nn.Linear):
+            return False
+        count, tokens = len(self.owner.words), input[0].numel() // layer.in_features
+        by_gradients = self.directions * (tokens + count)
+        by_inputs = count * tokens * (1 + MEMORY_BOUND * self.directions / layer.in_features)
+        size = self.images * tokens * layer.out_features * count * input.element_size() * len(self.of_layer[layer])
+        if by_inputs > by_gradients or size > self.left_bytes:
+            return False
+        self.left_bytes -= size
+        return True
+
+    def _add_moved(self, layer, input, gradient, moved):
+        rows = input.flatten(1, -2)  # [N, T, n]
+        for number, slot in self.of_layer[layer]:
+            if number not in moved:
+                part = rows if slot.inputs is None else rows[..., slice(*slot.inputs)]
+                differences = self.owner.differences(number).view(len(self.owner.words), -1, part.shape[-1])
+                outputs = part @ differences.flatten(0, 1).T.to(part.dtype)  # [N, T, M * C]
+                moved[number] = outputs.unflatten(-1, (len(differences), -1)).transpose(1, 2).flatten(2)  # [N, M, T * C]
+            along = moved[number] @ gradient.flatten(1)[..., None]
+            self.found[number] += along[..., 0].T
 
     def _by_image(self, tensor):
         """[L, ...] as [N, L / N, ...], all rows of an image together; the rows come copy by copy."""
@@ -165,14 +199,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, input, _anchor, layer, taps):
-        ctx.layer, ctx.taps = layer, taps
+        ctx.layer, ctx.taps, ctx.moved = layer, taps, {}
         ctx.save_for_backward(input)
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.taps.add(ctx.layer, *ctx.saved_tensors, gradient)
+        ctx.taps.add(ctx.layer, *ctx.saved_tensors, gradient, ctx.moved)
         return gradient, None, None, None, None
 
 

@@ -62,7 +62,7 @@ def parse_args():
     parser.add_argument("--outdir", type=Path, default=Path("demo") / "sensitivity")
     parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), help="measure the cost at this real geometry")
     parser.add_argument("--blocks", type=int, default=1, help="with --geometry: of a transformer")
-    parser.add_argument("--images", type=int, default=4, help="with --geometry: in a batch, two rows each")
+    parser.add_argument("--images", type=int, default=16, help="with --geometry: in a batch, two rows each")
     parser.add_argument("--pixels", type=int, help="with --geometry: latent pixels per side; default the model's")
     parser.add_argument("--step_seconds", type=float, help="with --geometry: of one step of one image with guidance")
     return Flags(vars(parser.parse_args()))

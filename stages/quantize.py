@@ -294,7 +294,7 @@ class Job:
             return None
         check_writable(self.args.sensitivity)
         settings = {"pictures": self.wanted.settings, "calls": self.args.calls, "seed": self.args.seed}
-        return RecordFile(self.args.sensitivity, settings | probe_settings(self.args, self.args.methods))
+        return RecordFile(self.args.sensitivity, probe_settings(self.args, self.args.methods) | settings)
 
     def _reasons(self, name):
         left = self.left[name]

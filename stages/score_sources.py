@@ -150,7 +150,7 @@ def measured(args, family, avg_bits):
     if entries is not None:
         check_avg_bits(space_of(args, family, entries), avg_bits)
     check_writable(args.sensitivity)
-    records = RecordFile(args.sensitivity, flags_of(args | told) | probe_settings(args, args.methods))
+    records = RecordFile(args.sensitivity, probe_settings(args, args.methods) | flags_of(args | told))
     keys = spaces.graph_and_keys(family.name)[1]
     known = Measured(records, [[each[0]] for each in keys], ["sketch"])
     if entries is None or not known.is_complete:

@@ -4,23 +4,19 @@
 shifts to first order by backward passes: a record for some directions of some images, of all weights.
 """
 
-import functools
-import math
 import time
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from autobuild.first_order import FirstOrder
-from autobuild.sketching import Sketch, Task, leading_directions, shifts_of
+from autobuild.sketching import Sketch, Task, shifts_of
 from stages.common import at_least
 from stages.units import as_time
 
 PROBES = ("sketch", "exact")
-DIRECTIONS = 24
-LEADING = 3  # every third direction is one in which disturbed weights shift the output
+DIRECTIONS = 32
 COMPLETE = "complete"  # of the name of the sketch's last record
 
 
@@ -59,7 +55,7 @@ class Measured:
     @property
     def is_complete(self):
         """Whether nothing is left to measure."""
-        return self._counts() is not None if self.is_sketch else not self.missing()
+        return self._shares() is not None if self.is_sketch else not self.missing()
 
     def missing(self):
         """Numbers of the weights that the exact probe lacks."""
@@ -68,7 +64,7 @@ class Measured:
     def result(self):
         """(changes float64 [W, M], shifts float32 [W, M, K], shrinkage), once all is measured; see `shifts_of`."""
         if self.is_sketch:
-            return shifts_of(_Tasks(self.records, self.label), *self._counts())
+            return shifts_of(_Tasks(self.records, self.label), self._shares())
         found = [self.records[name] for name in self.names]
         return torch.stack([each["changes"] for each in found]), torch.stack([each["shifts"] for each in found]).float(), 0.0
 
@@ -78,29 +74,13 @@ class Measured:
             if not self.is_sketch:
                 measure_exact(self, weights, words, prober, title)
             elif not self.is_complete:
-                questions, batch_size = list(prober.questions()), prober.batch_size
-                put = functools.partial(disturb, weights, words, args.seed)
-                count = min(args.directions // LEADING, *(math.prod(question.shape) for question in questions))
-                leading = leading_directions(questions, put, count, batch_size) if count else None
-                sketch = Sketch(questions, args.directions, args.seed, batch_size, leading)
+                sketch = Sketch(list(prober.questions()), args.directions, args.seed, prober.batch_size)
                 measure_sketch(self, sketch, FirstOrder(prober.denoiser, weights, words), title)
 
-    def _counts(self):
-        """Leading and random directions of the questions, which the last record tells."""
+    def _shares(self):
+        """Directions of each question, which the last record tells."""
         size = len(self.label)
-        return next((name[-2:] for name in self.records.names if name[:size] == self.label and name[size] == COMPLETE), None)
-
-
-def disturb(weights, words, seed, number):
-    """Put each weight under a random method, or as far from its float values the other way; None undoes it."""
-    rng = np.random.default_rng([seed, number or 0])
-    for weight in weights:
-        word, mirrored = (None, False) if number is None else (words[rng.integers(len(words))], rng.integers(2) == 1)
-        for part in weight.parts:
-            part.set_method(word, weight.parameters.get(word, {}))
-            if mirrored:
-                own = part.slot.part_of(part.layer.weight.data)
-                own.copy_(2 * part.original.to(own.dtype) - own)
+        return next((name[-1] for name in self.records.names if name[:size] == self.label and name[size] == COMPLETE), None)
 
 
 class _Tasks(Mapping):
@@ -124,13 +104,13 @@ class _Tasks(Mapping):
 def measure_sketch(measured, sketch, first_order, title):
     """Add what is missing of the sketch: records of `Sketch.find`, and last the directions of each question."""
     tasks = _Tasks(measured.records, measured.label)
-    total = (sketch.first + sketch.directions) * sum(question.images for question in sketch.questions)
+    total = sketch.directions * sum(question.images for question in sketch.questions)
     with tqdm(desc=title, unit="direction", total=total, initial=sum(task.size for task in tasks)) as progress:
         for number, directions, images in sketch.missing(tasks):
             for task, tensors in sketch.find(first_order, number, directions, images):
                 measured.records.add([*measured.label, *task], tensors)
                 progress.update(task.size)
-    measured.records.add([*measured.label, COMPLETE, sketch.first, sketch.shares(tasks)], {})
+    measured.records.add([*measured.label, COMPLETE, sketch.shares(tasks)], {})
 
 
 def measure_exact(measured, weights, words, prober, title):

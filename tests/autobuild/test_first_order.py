@@ -10,13 +10,13 @@ from torch import nn
 
 from autobuild import sensitivity
 from autobuild.first_order import FirstOrder, Weight, random_signs, saves_more_than
-from autobuild.sketching import Question, Sketch, Task, leading_directions, shifts_of, shrinkage
+from autobuild.sketching import Question, Sketch, Task, shifts_of, shrinkage
 from models.drawing import BatchSize, SamplingSettings
 from models.families import FAMILIES
 from models.pipelines import load_sampler
 from quant import registry
 from quant.model import QuantizedModel
-from stages.sensitivities import disturb, measure_one
+from stages.sensitivities import measure_one
 
 WORDS = ("mse-4", "mse-3", "mse-2")
 
@@ -80,9 +80,9 @@ def difference(weight, word, model, inputs):
     return (answers[0] - answers[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("budget", [None, 0])
-def test_products_are_those_of_finite_differences(network, budget):
-    images, copies, directions = 3, 2, 2
+@pytest.mark.parametrize(("budget", "directions"), [(None, 2), (None, 200), (0, 2)])
+def test_products_are_those_of_finite_differences(network, budget, directions):
+    images, copies = 3, 2
     inputs = torch.randn(copies * images, 4, 6, 6).double(), torch.randn(copies * images, 3).double()
     weights = weights_of(network)
     assert [len(weight.parts) for weight in weights] == [1, 1, 1, 1, 2]
@@ -147,11 +147,9 @@ def dit():
     return load_dit()
 
 
-def sketched(dit, directions, batch_size=2, leading=0):
+def sketched(dit, directions, batch_size=2):
     _, probe, weights = dit
-    questions, put = list(probe.questions()), functools.partial(disturb, weights, WORDS, 0)
-    found = leading_directions(questions, put, leading, BatchSize(batch_size)) if leading else None
-    sketch, records = Sketch(questions, directions, 0, BatchSize(batch_size), found), {}
+    sketch, records = Sketch(list(probe.questions()), directions, 0, BatchSize(batch_size)), {}
     first_order = FirstOrder(probe.denoiser, weights, WORDS)
     for number, some, images in sketch.missing(records):
         records |= dict(sketch.find(first_order, number, some, images))
@@ -170,29 +168,14 @@ def test_a_sketch_tells_norms_and_inner_products_of_the_exact_shifts(dit):
     exact = [measure_one(weight, WORDS, probe) for weight in weights]
     changes, shifts = (torch.stack([each[name] for each in exact]).double() for name in ("changes", "shifts"))
     correlations = []
-    for directions, leading in ((8, 0), (24, 0), (24, 8)):
-        sketch, records = sketched(dit, directions, leading=leading)
-        squares, numbers, share = shifts_of(records, leading, sketch.shares(records))
+    for directions in (8, 32):
+        sketch, records = sketched(dit, directions)
+        squares, numbers, share = shifts_of(records, sketch.shares(records))
         assert spearmanr(squares.flatten(), changes.flatten()).statistic > 0.95
         assert float((squares / changes).median()) == pytest.approx(1, abs=0.15)
-        assert 0 < share < 0.7
+        assert 0 < share < 1
         correlations.append(np.corrcoef(inner_products(shifts), inner_products(numbers))[0, 1])
-    assert 0.4 < correlations[0] < correlations[1] < correlations[2] > 0.8
-
-
-def test_leading_directions_hold_the_shifts_that_they_are_made_of(dit):
-    _, probe, weights = dit
-    questions, put = list(probe.questions()), functools.partial(disturb, weights, WORDS, 0)
-    found = leading_directions(questions, put, 3, BatchSize(2))
-    with torch.no_grad():
-        before = questions[1].ask(range(1))
-        put(2)
-        shift = (questions[1].ask(range(1)) - before).flatten()
-        put(None)
-        assert torch.equal(questions[1].ask(range(1)), before)
-    rows = found[1][:, 0].flatten(1)
-    torch.testing.assert_close(rows @ rows.T, torch.eye(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close((rows @ shift) @ rows, shift, rtol=1e-3, atol=1e-3 * float(shift.abs().max()))
+    assert 0.4 < correlations[0] < correlations[1] > 0.7
 
 
 def test_directions_are_at_right_angles_and_their_own():
@@ -208,7 +191,7 @@ def test_a_sketch_does_not_depend_on_the_batch_size(dit):
     found = []
     for size in (1, 2):
         sketch, records = sketched(dit, 3, size)
-        found.append(shifts_of(records, 0, sketch.shares(records)))
+        found.append(shifts_of(records, sketch.shares(records)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
 
 

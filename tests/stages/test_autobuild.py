@@ -183,7 +183,7 @@ def goes_on(monkeypatch, flags, said, output, measured, records):
     code, printed = run_here("build_config.py", *flags)
     assert code == 0, printed
     assert said.read_bytes() == whole and output.read_bytes() == first
-    assert 0.4 * records < len(measured) < 0.7 * records
+    assert 0.4 * records < len(measured) < 0.8 * records
 
 
 def test_without_labels(mq, tmp_path, monkeypatch):
