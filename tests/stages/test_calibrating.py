@@ -22,7 +22,7 @@ def images(folder):
 
 
 @pytest.mark.slow
-def test_infer_calibrates_if_asked_to(mq, tmp_path, run_script):
+def test_infer_listens_if_asked_to(mq, tmp_path, run_script):
     flags = (*FLAGS, "--multi_chkpt", mq, "--outdir", tmp_path)
     code, printed = run_script(infer, "dit", *flags, "--run", "plain")
     assert code == 0, printed
