@@ -5,9 +5,12 @@ Images are kept as they come, in a folder of the run's own. A run that was cut o
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import shutil
 from pathlib import Path
 
+from autobuild.sensitivity import draw
 from errors import InputError
 from evaluation.contact_sheet import MOST_IMAGES, contact_sheet
 from models.components import is_packed, quiet_loading
@@ -18,8 +21,8 @@ from quant.activations import ACT_BITS, set_activation_bits
 from quant.files import save_png
 from quant.leftovers import remove_leftovers
 from quant.packed_state import size_of
-from stages import multi_chkpt, q_config
-from stages.common import at_least, in_precision, log, parser_for, utf8
+from stages import calibrating, multi_chkpt, q_config
+from stages.common import at_least, in_precision, log, parser_for, short_hash, utf8
 from stages.library_notes import notes_in_run_log
 from stages.pictures import Pictures
 from stages.run_folder import make_run_folder, only_run_in, read_settings, save_settings, start_log, written
@@ -33,12 +36,12 @@ from stages.sampling import (
     show_steps,
 )
 
-SETTINGS, SHEET = "sampling_config.yaml", "contact_sheet.png"
+SETTINGS, SHEET, CALIBRATION = "sampling_config.yaml", "contact_sheet.png", "calibration"
 INTEGER, SIMULATED, ANY = "integer", "simulated", True  # how activations are quantized
 # Flags on which no image depends, or which stand beside a key of what they name.
 FREE_FLAGS = {
     *("outdir", "run", "device", "batch_size", "n_imgs", "no_compare", "pack", "offload", "debug"),
-    *("multi_chkpt", "packed"),
+    *("multi_chkpt", "packed", "calibration_prompts"),
 }
 
 
@@ -50,7 +53,9 @@ def main(family):
     flags = args | {
         "multi_chkpt_key": None if args.packed else multi_chkpt.key(args.multi_chkpt, family),
         "q_config_key": q_config.key(args.q_config),
+        "calibration_key": short_hash(str(calibrating_prompts(args, family))) if args.calibrate else None,
     }
+    flags = calibrating.without_calibration(flags)
     chosen = args.cls_id if family.num_classes else args.prompt
     prompts = [chosen[index % len(chosen)] for index in range(args.n_imgs or len(chosen))]
     with run_folder(args) as folder:
@@ -68,6 +73,7 @@ def main(family):
 
 def check_first(args, family, device):
     """InputError for what flags and small files tell to be wrong, before anything large is read."""
+    calibrating.check_calibration_flags(args)
     if args.packed:
         check_sampling(args, family, device, packed=True)
         return
@@ -120,7 +126,8 @@ def run(family, args, flags, device, prompts, folder):
     if not unseen and not unquantized and (folder / SHEET).exists():
         log.info("all %d images are there: %s; contact sheet: %s", len(prompts), samples.folder, folder / SHEET)
         return
-    sampler = load_for(args, family, device, prompts, place=False)
+    others = calibrating_prompts(args, family) if args.calibrate else []
+    sampler = load_for(args, family, device, [*prompts, *others], place=False)
     if args.packed:
         packed = (layer for _, layer in layers.packed_layers(sampler.denoiser))
         put, avg_bits, size_bytes = None, *size_of(packed, family.precision_bits)
@@ -141,6 +148,9 @@ def run(family, args, flags, device, prompts, folder):
         originals.draw(unseen, sampler, settings, "full precision")
         sampler.gather()
     if unquantized:
+        if args.calibrate:
+            model = calibrated(args, family, sampler, model, configuration, others, device, folder)
+            put = functools.partial(quantize, args, model, configuration)
         if put is not None:
             put()
         if args.quant_act:
@@ -151,7 +161,9 @@ def run(family, args, flags, device, prompts, folder):
         f", activations {args.act_bit} bits{' simulated' * (args.quant_act == SIMULATED)}" if args.quant_act else ""
     )
     rows = [] if args.no_compare else [(f"full precision, {family.precision_bits} bits", originals)]
-    finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{activations}", samples)], folder)
+    how = f"{activations}, calibrated" if args.calibrate else activations
+    finish([*rows, (f"{args.q_config}, {avg_bits:.2f} bits{how}", samples)], folder)
+    shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
 
 
 def chosen(args, family, denoiser):
@@ -161,6 +173,32 @@ def chosen(args, family, denoiser):
     description = model.describe(configuration)
     avg_bits = config.avg_bits(description, family.precision_bits)
     return model, configuration, avg_bits, config.quantized_size(description)
+
+
+def calibrating_prompts(args, family):
+    """Prompts, or class numbers, of the images for calibration; those of the embedded models are of their captions."""
+    if family.num_classes:
+        count = calibrating.image_count(args)
+        return [number * args.num_classes // count % args.num_classes for number in range(count)]
+    if args.calibration_prompts is None and is_embedded(family, args.model_id):
+        return calibrating.captions(args)
+    return calibrating.calibration_prompts(args)
+
+
+def calibrated(args, family, sampler, model, configuration, prompts, device, folder):
+    """The QuantizedModel of a configuration, calibrated by images of `prompts` from noise of its own."""
+    if args.compute_dtype:
+        model.keep_originals()
+    place(sampler, device)
+    hand_over = family.refiner.hand_over if sampler.refiner is not None else None
+    settings = dataclasses.replace(settings_of(args, hand_over), seed=args.seed + calibrating.SEED_OFFSET)
+    batches = [range(first, min(first + args.batch_size, len(prompts))) for first in range(0, len(prompts), args.batch_size)]
+    calls = [functools.partial(draw, sampler, prompts[each.start : each.stop], each, settings) for each in batches]
+    told = f"{prompts} {settings} {args.scheduler} {args.negative_prompt} {args.compute_dtype} {device.type} {family.dtype}"
+    log.info("calibrating on %d images: %s", len(prompts), folder / CALIBRATION)
+    model = calibrating.calibrate(model, configuration, calls, folder / CALIBRATION, told)
+    sampler.gather()
+    return model
 
 
 def quantize(args, model, configuration):
@@ -196,8 +234,8 @@ def finish(rows, folder):
 
 def of_packed(args, family, source):
     """Flags {name: value} for a denoiser that this program has packed; InputError for those that mean nothing then."""
-    if args.q_config is not None or args.lora:
-        flag = "--lora" if args.lora else "--q_config"
+    if args.q_config is not None or args.lora or args.calibrate:
+        flag = "--lora" if args.lora else "--calibrate" if args.calibrate else "--q_config"
         raise InputError(
             f"{flag}: {args.model_id} is already quantized by this program; give the model that it was made from"
         )
@@ -245,6 +283,7 @@ def parse_args(family):
         action=argparse.BooleanOptionalAction,
         help="hold weights as packed 4/3-bit codes, a quarter of the memory; default on a CPU, where it is as fast",
     )
+    calibrating.add_calibration_flags(parser, "default off, as published")
     add_sampling_flags(parser, family, on_cpu="bfloat16 if it has units for that, else float32")
     return parser.parse_args(complete=lambda args: complete(args, family))
 

@@ -4,6 +4,7 @@ Everything is made in a folder beside the output, which takes the output's name 
 run was cut off is found there by the next.
 """
 
+import functools
 import json
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from quant.memory import return_free_memory
 from quant.model import QuantizedModel
 from quant.registry import quantizer
 from quant.slots import find_slots
+from stages import calibrating
 from stages import quantize_choice as choice
 from stages.common import PRECISIONS
 from stages.library_notes import Once, library_notes
@@ -34,6 +36,7 @@ from stages.quantize_files import (
     AFTER,
     BEFORE,
     FITS,
+    HEARD,
     PIPELINE,
     check_disk,
     check_output,
@@ -92,10 +95,16 @@ class Job:
         self.left = self._left_by_shapes()
         self._check_choice()
         classes = max(getattr(module.config, "num_embeds_ada_norm", None) or 0 for module in self.shapes.values())
+        calibrating.check_calibration_flags(args)
         prompts = prompts_of(self.found_class, args.prompt, max(args.n_imgs, 1), classes)
         self.wanted = Wanted(self.found_class, prompts, args)
         self.wanted.call(0)  # refuses arguments that the pipeline has not
         self.asked = self._asked()
+        if args.calibrate:
+            chosen = calibrating.calibration_prompts(args) if pipelines.takes_words(self.found_class) else None
+            others = prompts_of(self.found_class, chosen, calibrating.image_count(args), classes)
+            own_noise = args | {"seed": args.seed + calibrating.SEED_OFFSET}
+            self.listening = Wanted(self.found_class, others, own_noise)
 
     @property
     def bits(self):
@@ -160,7 +169,7 @@ class Job:
         self.pictures = self._look_at_use()
         recorded = self._record() if self.args.avg_bits is not None else {}
         kept = choice.Kept(work / FITS, {"bits": self.bits})
-        packed = [self._pack(name, kept, recorded.pop(name, None)) for name in self.names]
+        packed = [self._pack(name, kept, recorded.pop(name, None), work) for name in self.names]
         rows = self._draw(work, packed)
         if rows:
             sheet_of(rows, self.folder / SHEET)
@@ -193,6 +202,8 @@ class Job:
             with pipelines.without_bars(pipeline):
                 found = use_of_weights(pipeline, self.names, self.wanted.call(0))
         except InputError as reason:
+            if self.args.calibrate:
+                raise InputError(f"{reason}; nothing can be heard for --calibrate: leave it out, or see --call") from None
             if self.args.avg_bits is not None:
                 raise InputError(f"{reason}; sensitivities cannot be measured: choose by --config, or see --call") from None
             if self.args.n_imgs:
@@ -251,12 +262,14 @@ class Job:
         return_free_memory()
         return recorded
 
-    def _pack(self, name, kept, steps):
+    def _pack(self, name, kept, steps, work):
         """Fit, choose, pack and save a denoiser; returns what is told of it."""
         denoiser = self._denoiser(name)
         class_name, float_bytes = type(denoiser).__name__, sum(each.nbytes for each in denoiser.state_dict().values())
         model = QuantizedModel.of_slots(denoiser, self.slots(name, denoiser), self.dtype)
         configuration = self._configuration(name, model, kept, steps)
+        if self.args.calibrate:
+            model.entries = self._calibrated(name, model, configuration, work)
         bits, words = model.avg_bits(configuration), Counter(configuration.values())
         weights = sum(slot.shape.numel() for slot in model.slots.values())
         save_denoiser(model.pack(configuration), self.folder / name)
@@ -287,6 +300,19 @@ class Job:
         args = self.args
         told = f"{args.model_id} ({name})"
         return choice.space_of(slots, self.bits, told, args.methods, args.min_bits, args.fix)
+
+    def _calibrated(self, name, model, configuration, work):
+        """The entries of a configuration, calibrated on the float pipeline's pictures and the quantized one's."""
+        pipeline, wanted = self._float_pipeline(), self.listening
+        heard = QuantizedModel.of_slots(getattr(pipeline, name), model.slots, self.dtype, model.entries)
+        heard.keep_originals()
+        calls = [functools.partial(pipeline, **wanted.call(number)) for number in range(len(wanted.prompts))]
+        settings = f"{wanted.settings} {self.dtype} {self.compute_dtype} {self.device.type}"
+        with pipelines.without_bars(pipeline):
+            entries = calibrating.calibrate(heard, configuration, calls, work / HEARD / name, settings).entries
+        del pipeline, heard, calls
+        return_free_memory()
+        return entries
 
     def _asked(self):
         """The file of sensitivities, which tells what they depend on beside the weights; None if none are asked for."""
@@ -327,6 +353,8 @@ class Job:
         chosen = self.args.config and without_folder(self.args.config)
         chosen = chosen or f"at most {self.args.avg_bits:g} average bits, by the denoiser's own sensitivities"
         lines = [f"base model: {base_name(self.source)}", f"configuration: {chosen}", f"command: `{self._command()}`"]
+        if self.args.calibrate:
+            lines.append(f"calibrated on {len(self.listening.prompts)} images; see quant/calibration.py")
         if self.pictures:
             told = ", ".join(f"{key} {value}" for key, value in json.loads(self.wanted.settings).items() if value)
             lines.append(f"pictures: {told}" + ("" if self.args.no_compare else "; above full precision, below quantized"))

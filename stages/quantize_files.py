@@ -17,8 +17,9 @@ from stages.units import as_size
 LINKED_BYTES = 2**20  # smaller files, which people edit, are copied: a change would reach the other place, too
 MARGIN = 1.05  # of the disk that is reckoned, for headers and pictures
 PARTIAL = ".partial"
-FITS, PIPELINE, BEFORE, AFTER, REPLACED = "fits.pt", "pipeline", "before", "after", "replaced"  # in the work folder
-OWN = {FITS, PIPELINE, BEFORE, AFTER, REPLACED, LOCK, PID}
+# In the work folder.
+FITS, PIPELINE, BEFORE, AFTER, REPLACED, HEARD = "fits.pt", "pipeline", "before", "after", "replaced", "calibration"
+OWN = {FITS, PIPELINE, BEFORE, AFTER, REPLACED, HEARD, LOCK, PID}
 
 
 def check_output(output, model_id, overwrite):

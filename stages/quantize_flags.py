@@ -6,6 +6,7 @@ from pathlib import Path
 
 from errors import InputError
 from models.pipelines import OFFLOADS, height_width
+from stages.calibrating import add_calibration_flags
 from stages.common import PRECISIONS, OneLineParser, at_least, finite, seed, utf8
 from stages.sampling import resolution
 from stages.search_flags import ANY_METHODS, add_search_flags, checked_methods
@@ -32,6 +33,7 @@ def parse_args():
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="pipeline folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a pipeline that is at --output")
     _add_choice(parser)
+    add_calibration_flags(parser, "default off: nothing but the weights is looked at")
     _add_pictures(parser)
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; default: CUDA where there is one, else the CPU")
     parser.add_argument("--dtype", choices=list(PRECISIONS), help="precision of the weights; default that of the files")
