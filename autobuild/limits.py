@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from errors import InputError
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 
 TERA = 1e12
 

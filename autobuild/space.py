@@ -12,7 +12,8 @@ from models.families import FAMILIES
 from quant import multiquantizer
 from quant.entries import fitted
 from quant.file_keys import file_ties
-from quant.registry import SEARCH_SPACE, fp_size_bytes, quantizer
+from quant.quantizer import fp_size_bytes
+from quant.registry import SEARCH_SPACE, quantizer
 
 NAMES = SEARCH_SPACE  # of labels; a method's code is its place here, or in a space's own `methods`
 NUMBER = {name: code for code, name in enumerate(NAMES)}

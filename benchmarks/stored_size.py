@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from errors import InputError
-from quant.registry import fp_size_bytes, quantizer
+from quant.quantizer import fp_size_bytes
+from quant.registry import quantizer
 
 
 class Stored(NamedTuple):

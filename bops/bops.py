@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 
 FLOAT_BITS = 16  # full-precision weights and activations
 OTHER_BITS = 16  # per MAC of a layer outside the configuration, as published

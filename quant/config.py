@@ -9,7 +9,8 @@ from errors import InputError, named, shown
 from quant.entries import fitted
 from quant.file_keys import by_file_key, by_weight, file_ties, tied_file_key
 from quant.files import load_pickle, save_pickle
-from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, fp_size_bytes, quantizer
+from quant.quantizer import fp_size_bytes
+from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, quantizer
 from quant.slots import ANY_MODULE, free_keys, ties_of
 
 UNIFORM = "uniform:"

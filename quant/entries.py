@@ -6,7 +6,8 @@ import math
 import torch
 
 from errors import InputError
-from quant.registry import FLOAT, SEARCH_SPACE, fit_with_errors, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import SEARCH_SPACE, fit_with_errors, quantizer
 
 
 def fit_entry(weight, words=SEARCH_SPACE):

@@ -15,7 +15,8 @@ from torch import nn
 from quant.activations import quantize_channels, quantize_tokens
 from quant.layers import CONVOLUTION, HOOKS, module_places, packed_form, packed_parts, replace_module
 from quant.offload import at_home, put_hook, take_hook
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 
 FULL_PRECISION = (None, FLOAT)  # under no method, or left float by a configuration
 

@@ -25,7 +25,8 @@ from quant.kernels import products
 from quant.kernels.decode import decode
 from quant.lazy_weight import LazyWeight, read_only
 from quant.packing import pack_rows, row_bytes
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 
 STATE_NAMES = {"scale": "table", "centroids": "table", "zero_point": "zero", "offset": "offset"}  # of parameters
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

@@ -24,7 +24,8 @@ from quant.layers import module_places, packed_layers, replace_module, share
 from quant.memory import return_free_memory
 from quant.packed_folder import refuse_saving_unread
 from quant.pretrained import attach
-from quant.registry import FLOAT, SEARCH_SPACE, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import SEARCH_SPACE, quantizer
 from quant.slots import SlotRules, find_slots, free_keys, ties_of
 
 SHOWN_AFTER_SECONDS = 2  # a bar

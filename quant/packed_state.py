@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from errors import InputError
+from quant.affine_quantizers import ZERO_DTYPES
 from quant.layers import PackedLayer, module_places, packed_form, packed_layers, packed_parts, replace_module
 from quant.offload import put_hook, take_hook
-from quant.registry import FLOAT, TABLE_DTYPES, ZERO_DTYPES, quantizer
+from quant.quantizer import FLOAT, TABLE_DTYPES
+from quant.registry import quantizer
 from quant.slots import check_weight, is_weight_layer
 
 DAMAGED = "the file is damaged or of another model"

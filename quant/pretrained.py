@@ -46,7 +46,8 @@ from quant.packed_state import (
     told_sizes,
     weights_of,
 )
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 from quant.slots import is_weight_layer
 
 VERSION = 2

@@ -8,7 +8,8 @@ from models.pipelines import load_denoiser, pick_device
 from quant import multiquantizer, published
 from quant.files import check_writable
 from quant.model import QuantizedModel
-from quant.registry import FLOAT, SEARCH_SPACE
+from quant.quantizer import FLOAT
+from quant.registry import SEARCH_SPACE
 from stages.common import in_precision, multiquantizer_of, parser_for
 from stages.search_flags import checked_methods
 

@@ -3,7 +3,8 @@
 import argparse
 
 from errors import InputError
-from quant.registry import FLOAT, quantizer
+from quant.quantizer import FLOAT
+from quant.registry import quantizer
 
 # Codebooks of 5 bits and more weigh more than what they save in error.
 ANY_METHODS = (*(f"affine-{bits}" for bits in (2, 3, 4, 5, 6, 8)), *(f"kmeans-{bits}" for bits in (2, 3, 4)), FLOAT)

@@ -6,6 +6,7 @@ import torch
 
 from errors import InputError
 from quant import kmeans, registry, uaq
+from quant.quantizer import fp_size_bytes
 from quant.registry import quantizer
 
 ALGORITHMS = (*registry.ALGORITHMS, "affine")
@@ -138,7 +139,7 @@ def test_sizes_by_hand(word, expected):
     """Of [16, 64] weights of two bytes."""
     assert quantizer(word).size_bytes((16, 64), precision_bits=16) == expected
     assert quantizer(word).size_bytes((16, 4, 4, 4), precision_bits=16) == expected
-    assert registry.fp_size_bytes((16, 64), 16) == 2048
+    assert fp_size_bytes((16, 64), 16) == 2048
 
 
 @pytest.mark.parametrize("word", ["kmeans-4", "kmeans-8", "kmeans-4-g4", "kmeans-2-g3", "kmeans_all-8", "kmeans_all-4"])
