@@ -22,9 +22,8 @@ CODE = ("stages", "models", "quant", "evaluation", "autobuild")
 SOURCES = [ROOT / "errors.py", *(path for folder in CODE for path in (ROOT / folder).rglob("*.py"))]
 LONGEST_README = 10_000  # bytes
 OTHER_COMMANDS = {"pip", "ray", "export", "source", "pre-commit"}  # which are not this project's
-OWN_FILE = re.compile(
-    r"(?:quant|models|evaluation|bops|autobuild|stages|scripts|benchmarks|tests|docs)/[\w./-]+\.(?:py|md|json)"
-)
+OWN_FOLDERS = "quant|models|evaluation|bops|autobuild|stages|scripts|benchmarks|tests|docs"
+OWN_FILE = rf"(?:{OWN_FOLDERS})/[\w./-]+\.(?:py|md|json)"
 NAMES = {path.relative_to(ROOT).as_posix(): path for path in PAGES}
 
 
