@@ -83,7 +83,10 @@ class RecordFile:
                 if hashlib.sha256(content).digest() != head[LENGTH.size :]:
                     gaps.append((offset, HEAD + size))
                     continue
-                self.places[_key(_name_of(content))] = (offset + HEAD, size)
+                name = _name_of(content)
+                if name is None:
+                    raise InputError(f"{self.path}: has a record that this program did not write; delete it")
+                self.places[_key(name)] = (offset + HEAD, size)
                 self.gaps, self.end = list(gaps), file.tell()  # a gap at the end is none: it is dropped
 
     def _check_settings(self, file):
@@ -91,9 +94,9 @@ class RecordFile:
         head = file.read(HEAD)
         size = LENGTH.unpack(head[: LENGTH.size])[0] if len(head) == HEAD else None
         content = file.read(size) if size is not None and size < 2**24 else b""
-        name = _name_of(content) if content and hashlib.sha256(content).digest() == head[LENGTH.size :] else [None]
-        if name[0] != SETTINGS:
-            raise InputError(f"{self.path}: is not what sensitivities are kept in; {way_out}")
+        name = _name_of(content) if content and hashlib.sha256(content).digest() == head[LENGTH.size :] else None
+        if not name or name[0] != SETTINGS or len(name) != 2 or not isinstance(name[1], dict):
+            raise InputError(f"{self.path}: holds no sensitivities, or is damaged; {way_out}")
         kept = name[1]
         for name, value in self.settings.items():
             if kept.get(name) != value:
@@ -162,5 +165,10 @@ def _packed(name, tensors):
 
 
 def _name_of(content):
-    (size,) = NAME.unpack(content[: NAME.size])
-    return json.loads(content[NAME.size : NAME.size + size])
+    """The name in a record's content, a list; None if it has none."""
+    try:
+        (size,) = NAME.unpack(content[: NAME.size])
+        name = json.loads(content[NAME.size : NAME.size + size])
+    except (struct.error, ValueError, RecursionError):
+        return None
+    return name if isinstance(name, list) else None

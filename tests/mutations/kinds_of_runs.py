@@ -22,6 +22,7 @@ from stages.labelling import full_precision, json_lines, label_runs
 from stages.labelling.labeller import Task
 from stages.labelling.task_results import TaskResults
 from stages.quantize_choice import Kept
+from stages.record_file import RecordFile
 
 RNG = np.random.default_rng(0)
 ROWS = [
@@ -132,15 +133,22 @@ def read_fits(path):
     return Kept(path, {"bits": 16}).get("transformer", SLOT, "f")
 
 
+SETTINGS = {"probe": "exact", "calls": 5}
+
+
 def make_sensitivity(folder):
-    kept = Kept(folder / "x_sensitivity.pt", "steps 5")
-    kept.put("transformer", SLOT, "f", (torch.zeros(6, dtype=torch.float64), torch.zeros(6, 8).half()))
-    kept.save()
-    return kept.path
+    path = folder / "x_sensitivity.exact"
+    with RecordFile(path, SETTINGS) as records:
+        for number in range(3):
+            records.add(
+                [f"layer {number}"], {"changes": torch.ones(6, dtype=torch.float64), "shifts": torch.ones(6, 8).half()}
+            )
+    return path
 
 
 def read_sensitivity(path):
-    return Kept(path, "steps 5", "--sensitivity").get("transformer", SLOT, "f")
+    records = RecordFile(path, SETTINGS)
+    return [[name, records[name]] for name in records.names]
 
 
 def make_shapes(_folder):
@@ -264,7 +272,14 @@ RUNS = (
         has_digest=True,
         rewrite=rewritten(checked_files.load_content, checked_files.save_content),
     ),
-    Kind("sensitivities", make_sensitivity, read_sensitivity, ("stages.score_sources.read_measured",)),
+    Kind(
+        "sensitivities",
+        make_sensitivity,
+        read_sensitivity,
+        ("stages.record_file._scan", "stages.record_file.__getitem__"),
+        has_digest=True,
+        beside=lambda path: [path],
+    ),
     Kind("shapes on a GPU", make_shapes, read_shapes, ("quant.kernels.shapes.load",), mutate=mutate.of_json),
     Kind("holder of a folder", make_holder, read_holder, ("stages.run_lock._read", "stages.run_lock._holder")),
     Kind(
