@@ -92,10 +92,10 @@ def at_size(args, space, slots, bits):
     return built(args, bits) | others
 
 
-def build(args, path, scores, bits):
+def build(args, path, scores, bits, methods=spaces.NAMES):
     command = ["build_config.py", "--family", args.family, "--model_id", "embedded", "--multi_chkpt", args.multi_chkpt]
     if not path.exists():
-        run([*command, "--scores", scores, "--avg_bits", bits, "--output", path])
+        run([*command, "--scores", scores, "--avg_bits", bits, "--output", path, "--methods", *methods])
     return path
 
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks import configurations
 from benchmarks.embedded_quality import Judge, make_pictures, prompts_and_answers
 from benchmarks.machine import installed_version, write_result
-from benchmarks.quality_arms import ARMS, configuration_arm
+from benchmarks.quality_arms import ARMS, configuration_arm, of_calibrated
 from benchmarks.quality_peers import LEFT_OUT
 from benchmarks.stored_size import average_bits
 from errors import InputError, first_line
@@ -34,6 +34,7 @@ from quant.files import atomic_write
 from quant.slots import find_slots
 from stages.flags import Flags
 from stages.labelling import json_lines
+from stages.search_flags import ANY_METHODS
 
 DISTANCES = ("fid", "image_mse", "feature_mse")
 SIZES = {"own": "avg_bits", "real": "real_avg_bits"}  # what lines are sorted by
@@ -165,8 +166,10 @@ def chosen_arms(args):
             raise InputError(f"{path}: no such configuration")
         arms[f"config:{path.stem}"] = configuration_arm(path, f"ours, {path.stem}")
     for bits in args.avg_bits:
-        path = configurations.build(args, args.outdir / f"{bits:.4g}_bits.pkl", "none", bits)
-        arms[f"built:{bits:g}"] = configuration_arm(path, f"ours, built without labels within {bits:g} bits")
+        path = configurations.build(args, args.outdir / f"{bits:.4g}_bits.pkl", "none", bits, ANY_METHODS)
+        title = f"ours, built without labels within {bits:g} bits"
+        arms[f"built:{bits:g}"] = configuration_arm(path, title)
+        arms[f"built-calibrated:{bits:g}"] = configuration_arm(path, f"{title}, calibrated", of_calibrated)
     return arms
 
 

@@ -6,14 +6,18 @@ bytes} (benchmarks/stored_size.py). The sampler is there for calibration, whose 
 measured.
 """
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks import quality_peers as peers
+from benchmarks.embedded_quality import make_pictures
 from benchmarks.quality_peers import of_peer
 from benchmarks.stored_size import of_words
 from quant.model import QuantizedModel
-from stages import q_config
+from stages import calibrating, q_config
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,37 @@ def of_configuration(spec):
     return of_ours(quantize)
 
 
-def configuration_arm(path, title):
+def of_calibrated(spec):
+    """Ours, calibrated (stages/calibrating.py) on images of prompts and noise that are not measured."""
+
+    def quantize(model, sampler):
+        configuration = q_config.load(spec, model.slots)
+        return calibrated(model, sampler, configuration)
+
+    return of_ours(quantize)
+
+
+def calibrated(model, sampler, configuration):
+    row, count = sampler.family.embedded, calibrating.IMAGES
+    prompts = [number % row.num_classes for number in range(count)] if sampler.family.num_classes else None
+    prompts = prompts or calibrating.captions({"calibration_images": count})
+    draw = functools.partial(make_pictures, sampler, prompts, calibrating.SEED_OFFSET, row.label_guidance)
+    with tempfile.TemporaryDirectory() as folder:
+        calibrating.calibrate(model, configuration, [draw], Path(folder), "").apply(configuration)
+    return configuration
+
+
+def configuration_arm(path, title, build=of_configuration):
     """The arm of a configuration's file, which is measured again when its content changes."""
-    return Arm(title, of_configuration(str(path)), version=q_config.key(path).rpartition(" ")[2])
+    return Arm(title, build(str(path)), version=q_config.key(path).rpartition(" ")[2])
 
 
 def _ours(title, word):
     return Arm(title, of_configuration(f"uniform:{word}"))
+
+
+def _calibrated(title, word):
+    return Arm(f"{title}, calibrated", of_calibrated(f"uniform:{word}"))
 
 
 def _sdnq(title, bits, **options):
@@ -69,7 +97,7 @@ def _gguf(kind, padded):
     return Arm(title, of_peer(peers.gguf, kind=kind, padded=padded), "gguf")
 
 
-# Each is measured under its name here. Calibrated arms of ours, and plain GPTQ, are `of_ours(function)` as well.
+# Each is measured under its name here.
 ARMS = {
     "float": Arm("full precision", of_ours(lambda model, _sampler: dict.fromkeys(model.slots))),
     "mse-4": _ours("UAQ, 4 bits", "mse-4"),
@@ -78,6 +106,16 @@ ARMS = {
     "kmeans-3": _ours("K-Means-C, 3 bits", "kmeans-3"),
     "kmeans_all-4": _ours("K-Means-A, 4 bits", "kmeans_all-4"),
     "kmeans_all-3": _ours("K-Means-A, 3 bits", "kmeans_all-3"),
+    "affine-4": _ours("affine, 4 bits", "affine-4"),
+    "affine-3": _ours("affine, 3 bits", "affine-3"),
+    "mse-4-calibrated": _calibrated("UAQ, 4 bits", "mse-4"),
+    "mse-3-calibrated": _calibrated("UAQ, 3 bits", "mse-3"),
+    "affine-4-calibrated": _calibrated("affine, 4 bits", "affine-4"),
+    "affine-3-calibrated": _calibrated("affine, 3 bits", "affine-3"),
+    "kmeans-4-calibrated": _calibrated("K-Means-C, 4 bits", "kmeans-4"),
+    "kmeans-3-calibrated": _calibrated("K-Means-C, 3 bits", "kmeans-3"),
+    "kmeans_all-4-calibrated": _calibrated("K-Means-A, 4 bits", "kmeans_all-4"),
+    "kmeans_all-3-calibrated": _calibrated("K-Means-A, 3 bits", "kmeans_all-3"),
     "sdnq-uint6": _sdnq("", 6),
     "sdnq-uint5": _sdnq("", 5),
     "sdnq-uint4": _sdnq("", 4),

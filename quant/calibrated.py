@@ -15,9 +15,8 @@ Why compensation hurts K-Means-A at 3 bits: on the way of the full-precision ima
 every step and in all its parts (squared, of the guided output: 0.25 to 0.18; its mean over images and over steps too).
 But a denoiser of so few levels leaves that way, where rounding that knows nothing else has larger errors than the nearest
 levels: they feed on themselves, and the latents' variance, 0.98 in full precision and 2.3 under the nearest levels, grows
-to 4.6. So moments are averaged over both networks' own ways and damped by a tenth of their mean (which brings it to 3.5;
-two rounds more, of networks compensated so far, to 2.3, and pixels to 0.034). Neither padding, which is left out, nor few
-steps, of which all are heard, are the reason.
+to 4.6. So moments are averaged over both networks' own ways and damped by a tenth of their mean, which brings it to 3.5.
+Text padding is left out and every step is heard, so neither explains it.
 """
 
 import torch

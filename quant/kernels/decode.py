@@ -73,7 +73,9 @@ def _belong(codes, table, zero, bits, count, group):
     if codes.dtype != torch.uint8 or not table.is_floating_point() or codes.shape[1] != row_bytes(count, bits):
         return False
     if zero is not None:
-        return zero.dtype in ZERO_DTYPES and zero.numel() == table.numel() == codes.shape[0] * groups
+        return (zero.dtype in ZERO_DTYPES or zero.dtype == table.dtype) and zero.numel() == table.numel() == codes.shape[
+            0
+        ] * groups
     levels = table.shape[-1] if table.ndim else 0
     return levels > 0 and (table.ndim == 1 or table.numel() == levels * codes.shape[0] * groups)
 

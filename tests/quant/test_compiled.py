@@ -8,7 +8,6 @@ import sys
 import numba
 import pytest
 from conftest import ROOT
-from numba.core.caching import IndexDataCacheFile
 from unprivileged import run_unprivileged
 
 from quant.compiled import kernel
@@ -26,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_kernels_are_kept(cache):
     assert kernel()(twice)(21) == 42
-    assert {path.suffix for path in cache.rglob("*.*")} == {".nbi", ".nbc"}
+    assert [path.suffix for path in cache.rglob("*.*")] == [".nbc"]
     again = kernel()(twice)
     assert again(21) == 42 and sum(again.stats.cache_hits.values()) == 1
 
@@ -49,22 +48,37 @@ def test_kernels_made_of_kernels_are_kept_and_told_apart(cache):
     assert again(21) == 64 and sum(again.stats.cache_hits.values()) == 1
 
 
-@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_a_damaged_file_is_compiled_anew(cache, suffix):
+def test_variants_of_a_kernel_have_files_of_their_own(cache):
+    """Or one process could overwrite what another is about to name."""
+    assert [multiplier(factor)(21) for factor in (2, 3)] == [43, 64]
+    assert len(list(cache.rglob("*outer*.nbc"))) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:]])
+def test_a_damaged_file_is_compiled_anew(cache, damage):
     assert kernel()(twice)(21) == 42
-    (path,) = cache.rglob(f"*.{suffix}")
-    path.write_bytes(path.read_bytes()[:-20])
+    (path,) = cache.rglob("*.nbc")
+    path.write_bytes(damage(path.read_bytes()))
     again, third = kernel()(twice), kernel()(twice)
     assert again(21) == 42 and not again.stats.cache_hits
     assert third(21) == 42 and sum(third.stats.cache_hits.values()) == 1  # mended
 
 
 def test_a_kernel_that_cannot_be_kept_works(cache, monkeypatch):
-    def save(*_):
+    def replace(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(IndexDataCacheFile, "save", save)
-    assert kernel()(twice)(21) == 42 and not list(cache.rglob("*.nbc"))
+    monkeypatch.setattr(os, "replace", replace)
+    assert kernel()(twice)(21) == 42 and not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_kernels_of_a_changed_source_take_the_place_of_the_old_ones(cache):
+    assert kernel()(twice)(21) == 42
+    (path,) = cache.rglob("*.nbc")
+    name, stamp, mark, suffix = path.name.rsplit(".", 3)
+    path.rename(path.with_name(f"{name}.{stamp[::-1]}.{mark}.{suffix}"))
+    assert kernel()(twice)(21) == 42
+    assert [each.name for each in cache.rglob("*.nbc")] == [path.name]
 
 
 def test_a_read_only_installation_without_a_home(tmp_path):

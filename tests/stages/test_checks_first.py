@@ -100,7 +100,7 @@ def test_labelling_by_prompts(flags, message, tiny_mq, tmp_path, run_script, not
         (build_config, ("--multi_chkpt", "{bad}/damaged.pt"), "damaged.pt: not a readable checkpoint"),
         (build_config, ("--multi_chkpt", "{bad}/part.pt"), "part.pt: 1 of 201 layers are missing"),
         (build_config, ("--avg_bits", "2"), "--avg_bits 2: the smallest configuration of dit has"),
-        (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: is not what sensitivities are kept in"),
+        (build_config, ("--sensitivity", "{bad}/damaged.pt"), "damaged.pt: holds no sensitivities, or is damaged"),
         (build_config, ("--sensitivity", "{bad}/exact"), "was measured with probe exact, not sketch; give another"),
         (build_config, ("--sensitivity", "{bad}"), "{bad}: is a folder"),
         (build_config, ("--output", "{bad}"), "{bad}: is a folder"),

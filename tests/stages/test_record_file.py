@@ -99,7 +99,7 @@ def test_each_byte_is_written_once(tmp_path, whole):
 @pytest.mark.parametrize("content", [b"", b"short", b"PK\x03\x04" + bytes(500), bytes(500)])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "other").write_bytes(content)
-    with pytest.raises(InputError, match="other: is not what sensitivities are kept in; give another --sensitivity"):
+    with pytest.raises(InputError, match="other: holds no sensitivities, or is damaged; give another --sensitivity"):
         RecordFile(tmp_path / "other", SETTINGS)
 
 
