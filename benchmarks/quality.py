@@ -12,6 +12,7 @@ benchmarks/results/quality_<family>.json.
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -30,10 +31,10 @@ from errors import InputError, first_line
 from models.families import FAMILIES
 from models.geometry import real_shapes
 from models.pipelines import Extras, load_sampler, refiner_of
-from quant.files import atomic_write
+from quant.checked_files import from_json, with_digest
+from quant.files import atomic_write, save_text
 from quant.slots import find_slots
 from stages.flags import Flags
-from stages.labelling import json_lines
 from stages.search_flags import ANY_METHODS
 
 DISTANCES = ("fid", "image_mse", "feature_mse")
@@ -46,7 +47,7 @@ class Measuring:
     def __init__(self, family, args):
         self.family, self.args = family, args
         self.file = args.outdir / "measured.jsonl"
-        self.lines = json_lines.load(self.file)
+        self.lines = load_lines(self.file)
         self._sampler = self._judge = self._float = None
 
     def measure(self, name, arm, seeds):
@@ -58,7 +59,7 @@ class Measuring:
             denoiser, built = self._build(arm)
         for key in missing:
             self.lines.append(key | built | self._distances(denoiser, key["seed"]))
-            json_lines.save(self.lines, self.file)
+            save_lines(self.lines, self.file)
         return [self._known(key) for key in keys]
 
     def _key(self, name, arm, seed):
@@ -108,6 +109,16 @@ class Measuring:
 
     def _put(self, denoiser):
         setattr(self._sampler.pipeline, self.family.denoiser, denoiser)
+
+
+def load_lines(path):
+    """The sound lines of a file that `save_lines` wrote; none if there is no file."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [line for line in map(from_json, lines) if line is not None]
+
+
+def save_lines(lines, path):
+    save_text("".join(f"{json.dumps(with_digest(line))}\n" for line in lines), path)
 
 
 def measure_all(arms, measuring, seeds):

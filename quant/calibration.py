@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from errors import InputError
-from quant.files import atomic_write, load_checkpoint
+from quant.checked_files import load_content, save_content
 from quant.slots import free_keys
 from quant.text_tokens import by_name, layers_of_text, text_mask
 
@@ -249,7 +249,7 @@ class MomentsFolder(Mapping):
 
     def __contains__(self, key):
         if key not in self.found:
-            self.found[key] = key in self.slots and self._read(self.slots[key].file_key, lazily=True) is not None
+            self.found[key] = key in self.slots and self._read(self.slots[key].file_key) is not None
         return self.found[key]
 
     def __iter__(self):
@@ -264,17 +264,17 @@ class MomentsFolder(Mapping):
             raise KeyError(key)
         return Moments(content["second"], content["mean"], content["count"])
 
-    def _read(self, file_key, lazily=False):
+    def _read(self, file_key):
         """The content of a weight's file, or of the one with the same inputs; None if it is not there or not sound."""
         try:
-            content = load_checkpoint(self._path(file_key), lazily)
+            content = load_content(self._path(file_key))
             if content["format"] != FORMAT or content["depends_on"] != self.depends_on:
                 return None
             if "same" in content:
-                return self._read(content["same"], lazily) if content["same"] != file_key else None
+                return self._read(content["same"]) if content["same"] != file_key else None
             width = len(content["mean"])
             return content if content["second"].shape == (width, width) else None
-        except (InputError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             return None
 
     def put(self, key, moments):
@@ -286,8 +286,7 @@ class MomentsFolder(Mapping):
         self._write(key, {"same": self.slots[other].file_key})
 
     def _write(self, key, content):
-        with atomic_write(self._path(self.slots[key].file_key)) as file:
-            torch.save({"format": FORMAT, "depends_on": self.depends_on} | content, file)
+        save_content({"format": FORMAT, "depends_on": self.depends_on} | content, self._path(self.slots[key].file_key))
         self.found[key] = True
 
 

@@ -61,7 +61,7 @@ def test_what_is_missing_is_no_number():
         ("clip(avg_bits, 1, 2, FID-GT-1k)", "'clip(avg_bits, 1, 2, FID-GT-1k)' is not understood"),
         ("clip(avg_bits, 1)", "clip of 3"),
         ("-" * 500 + "1", "is not understood"),
-        ("(" * 150 + "1" + ")" * 150, "not an expression"),
+        ("(" * 250 + "1" + ")" * 250, "not an expression"),
         ("1+" * 1500 + "1", "longer than 2000 characters"),
         ("9" * 400, "is not understood"),
         ("1e5j", "is not understood"),

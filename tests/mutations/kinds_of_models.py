@@ -194,6 +194,7 @@ MODELS = (
         (
             *("quant.files.load_checkpoint", "quant.multiquantizer.load", "quant.multiquantizer.read"),
             *("quant.multiquantizer.holds", "quant.multiquantizer.stitch", "quant.multiquantizer.check_replaceable"),
+            "quant.multiquantizer.build",
             "stages.multi_chkpt.key",
         ),
         has_digest=True,
@@ -214,7 +215,10 @@ MODELS = (
         "packed module",
         make_packed_module,
         read_packed_module,
-        ("quant.packed_folder._read_configuration", "quant.packed_folder._read_tensors"),
+        (
+            *("quant.packed_folder._read_configuration", "quant.packed_folder._read_tensors"),
+            *("quant.digests._read", "quant.digests._told", "quant.digests.with_digests"),
+        ),
         has_digest=True,
         mutate=both,
         beside=files_of,

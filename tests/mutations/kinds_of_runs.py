@@ -15,6 +15,7 @@ from models.embedded import judge
 from mutations import mutate
 from mutations.kind import Kind
 from quant import checked_files
+from quant.calibration import Moments, MomentsFolder
 from quant.files import load_pickle, save_pickle
 from quant.kernels import shapes
 from stages import quantize_images, run_folder, run_lock
@@ -40,7 +41,7 @@ FULL = {"images": IMAGES, "latents": RNG.normal(size=(4, 2, 2, 2)).astype(np.flo
 EMBEDDINGS = [{"a" * 32: [torch.ones(1, 4), None], "b" * 32: [torch.zeros(1, 4), None]}]
 PICTURES = RNG.integers(0, 256, (3, 8, 8, 3), np.uint8)
 ENTRY = {"shape": (2, 2), "fingerprint": "f", "errors": {"mse-4": 0.5}, "parameters": {"mse-4": {"delta": torch.ones(2, 1)}}}
-SLOT = SimpleNamespace(file_key="model.a.weight_quantizer")
+SLOT = SimpleNamespace(key="a", file_key="model.a.weight_quantizer")
 
 
 def at(name, write):
@@ -149,6 +150,20 @@ def make_sensitivity(folder):
 def read_sensitivity(path):
     records = RecordFile(path, SETTINGS)
     return [[name, records[name]] for name in records.names]
+
+
+def moments_folder(folder):
+    return MomentsFolder(folder, {SLOT.key: SLOT}, "steps 5")
+
+
+def make_moments(folder):
+    moments_folder(folder).put(SLOT.key, Moments(torch.eye(4), torch.ones(4), 3))
+    return folder / f"{SLOT.file_key}.pt"
+
+
+def read_moments(path):
+    moments = moments_folder(path.parent).get(SLOT.key)
+    return moments and [moments.second, moments.mean, moments.count]
 
 
 def make_shapes(_folder):
@@ -276,9 +291,20 @@ RUNS = (
         "sensitivities",
         make_sensitivity,
         read_sensitivity,
-        ("stages.record_file._scan", "stages.record_file.__getitem__"),
+        (
+            *("stages.record_file._scan", "stages.record_file.__getitem__", "stages.record_file.__enter__"),
+            *("stages.record_file._name_of", "stages.record_file.names"),
+        ),
         has_digest=True,
         beside=lambda path: [path],
+    ),
+    Kind(
+        "moments of inputs",
+        make_moments,
+        read_moments,
+        ("quant.calibration._read",),
+        has_digest=True,
+        rewrite=rewritten(checked_files.load_content, checked_files.save_content),
     ),
     Kind("shapes on a GPU", make_shapes, read_shapes, ("quant.kernels.shapes.load",), mutate=mutate.of_json),
     Kind("holder of a folder", make_holder, read_holder, ("stages.run_lock._read", "stages.run_lock._holder")),

@@ -24,6 +24,7 @@ NOT_MUTATED = {
         ),
         "opens to lock, to sync or to write, and reads nothing",
     ),
+    "quant.compiled.load": "kernels of Numba, with a digest: see tests/quant/test_compiled.py",
     "stages.run_lock.locked": "shows who holds a folder, and makes nothing of it",
     "evaluation.fid.__init__": "TorchScript, which is a program: clean-fid's file is read as a whole, or refused",
     **dict.fromkeys(
