@@ -91,6 +91,10 @@ def kernel(**options):
     """`numba.njit` with a cache; without one where neither the source's folder nor the user's can be written to."""
 
     def compiled(function):
+        if function.__closure__:
+            # Or what two processes have kept of two variants would have the same symbols, and one be linked to the other's.
+            mark = _mark(_made_of(function))
+            function.__name__, function.__qualname__ = f"{function.__name__}_{mark}", f"{function.__qualname__}_{mark}"
         dispatcher = njit(**options)(function)
         with contextlib.suppress(RuntimeError):  # no place
             dispatcher._cache = _Cache(function)

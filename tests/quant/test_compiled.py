@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import sys
 
 import numba
@@ -46,6 +47,23 @@ def test_kernels_made_of_kernels_are_kept_and_told_apart(cache):
     assert [multiplier(factor)(21) for factor in (2, 3)] == [43, 64]
     again = multiplier(3)
     assert again(21) == 64 and sum(again.stats.cache_hits.values()) == 1
+
+
+DECODE = """
+import sys, torch
+from quant.kernels.decode import _decode_anywhere, decode
+for bits in map(int, sys.argv[1:]):
+    codes, table = torch.randint(256, (5, bits), dtype=torch.uint8), torch.randn(2**bits)
+    assert torch.equal(decode(codes, table, None, bits, 8), _decode_anywhere(codes, table, None, bits, 8, 0)), bits
+"""
+
+
+@pytest.mark.slow
+def test_variants_that_several_processes_have_kept_are_told_apart(cache):
+    """Numba names symbols by a number that each process counts for itself."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    for variants in (["2"], ["3"], ["4"], ["4", "3", "2"]):
+        subprocess.run([sys.executable, "-c", DECODE, *variants], env=environment, check=True)
 
 
 def test_variants_of_a_kernel_have_files_of_their_own(cache):
