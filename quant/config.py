@@ -11,7 +11,7 @@ from quant.file_keys import by_file_key, by_weight, file_ties, tied_file_key
 from quant.files import load_pickle, save_pickle
 from quant.quantizer import fp_size_bytes
 from quant.registry import ALGORITHMS, BITS, POSSIBLE, SEARCH_SPACE, quantizer
-from quant.slots import ANY_MODULE, free_keys, ties_of
+from quant.slots import ANY_MODULE, WeightKey, free_keys, ties_of
 
 UNIFORM = "uniform:"
 
@@ -50,7 +50,8 @@ def check(configuration, ties, name="configuration"):
     """Raise InputError, naming the key, unless every key of `ties` has a known method, and that of its tie."""
     unknown = [key for key in configuration if key not in ties]
     if unknown:
-        raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {named(unknown[0])}")
+        first = str(unknown[0]) if isinstance(unknown[0], WeightKey) else unknown[0]
+        raise InputError(f"{name}: {len(unknown)} keys are not of this denoiser, first {named(first)}")
     missing = [key for key in ties if key not in configuration]
     if missing:
         raise InputError(f"{name}: {len(missing)} of {len(ties)} keys are missing, first {missing[0]}")

@@ -141,7 +141,7 @@ class ExchangeableLayer:
 
         Where a configuration leaves the whole weight float, the input is left as it is, too.
         """
-        if self.act_bits is not None and not all(part.method == FLOAT for part in self.parts):
+        if self.act_bits is not None and not (self.parts and all(part.method == FLOAT for part in self.parts)):
             input = self.quantize_input(input, self.act_bits)
         return self.compute(input)
 

@@ -49,7 +49,7 @@ CALLS = {
     "short codes": lambda: decode(CODES[:, :-1], SCALE, ZERO, 4, 20),
     "signed codes": lambda: decode(CODES.view(torch.int8), SCALE, ZERO, 4, 20),
     "scales of integers": lambda: decode(CODES, ZERO, ZERO, 4, 20),
-    "zero points of floats": lambda: decode(CODES, SCALE, SCALE, 4, 20),
+    "offsets in another precision": lambda: decode(CODES, SCALE, SCALE.double(), 4, 20),
     "no levels": lambda: decode(CODES, BOOKS[:, :0], None, 4, 20),
     "few tables": lambda: decode(CODES, BOOKS[:2], None, 4, 20),
     "few groups": lambda: decode(CODES, torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int8), 4, 20, 8),
