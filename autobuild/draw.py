@@ -63,9 +63,12 @@ def draw(graph, path, configuration=None, block=None, dpi=50):
 
 def few_colors(picture):
     """The bytes of a PNG picture with as many colours as a drawing needs: a quarter of the size."""
+    small, most = io.BytesIO(), Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # ours are large
-    small = io.BytesIO()
-    Image.open(picture).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    try:
+        Image.open(picture).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    finally:
+        Image.MAX_IMAGE_PIXELS = most  # what guards against files of others
     return small.getvalue()
 
 

@@ -186,12 +186,17 @@ def explained(model_id, what):
 
 @contextlib.contextmanager
 def one_line(model_id, what):
-    """Whatever a library raises that does not expect what it reads of a model is said in one line, with its own reason."""
+    """Whatever a library raises that does not expect what it reads of a model is said in one line, with its own reason.
+
+    The default precision is put back, which diffusers leaves at the model's where it fails.
+    """
+    dtype = torch.get_default_dtype()
     try:
         yield
     except InputError:
         raise
     except BaseException as reason:
+        torch.set_default_dtype(dtype)
         if lacks_memory(reason) or not (isinstance(reason, Exception) or type(reason).__name__ == RUST_PANIC):
             raise
         raise InputError(why_not_loaded(model_id, what, reason)) from reason

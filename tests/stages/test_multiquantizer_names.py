@@ -126,8 +126,8 @@ def test_a_build_of_other_weights_that_was_cut_off_is_kept(tmp_path, fit, monkey
     path, partial = tmp_path / "x_mq.pt", tmp_path / "x_mq.pt.partial"
     fit_all = files._fit
 
-    def cut_off(model, keys, checkpoint):
-        fit_all(model, keys[:15], checkpoint)
+    def cut_off(model, keys, *rest):
+        fit_all(model, keys[:15], *rest)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "_fit", cut_off)
