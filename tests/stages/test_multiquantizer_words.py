@@ -7,7 +7,7 @@ from conftest import run_here
 
 from autobuild import space as spaces
 from quant.files import load_checkpoint, load_pickle
-from stages import score_sources
+from stages import sensitivities
 
 
 @pytest.mark.slow
@@ -25,14 +25,27 @@ def test_words_are_added_searched_and_held(tmp_path, monkeypatch):
         assert set(after["slots"][key]["parameters"]) == {*entry["parameters"], "affine-3"}
         assert torch.equal(after["slots"][key]["parameters"]["mse-4"]["scale"], entry["parameters"]["mse-4"]["scale"])
 
-    def made_up(parts, parameters, probe, methods):
+    def made_up(weight, words, prober):
         rng = np.random.default_rng(0)
-        shifts = torch.from_numpy(rng.normal(size=(len(methods), 50))) * torch.tensor([[2.0], [1.0], [0.0]])
-        return shifts.square().sum(dim=1), shifts.half()
+        shifts = torch.from_numpy(rng.normal(size=(len(words), 50))) * torch.tensor([[2.0], [1.0], [0.0]])
+        return {"changes": shifts.square().sum(dim=1), "shifts": shifts.half()}
 
-    monkeypatch.setattr(score_sources, "measure", made_up)
+    monkeypatch.setattr(sensitivities, "measure_one", made_up)
     flags = ("--family", "dit", "--model_id", "embedded", "--multi_chkpt", path, "--scores", "none", "--steps", 2)
-    flags += ("--n_imgs", 1, "--calls", 1, "--sensitivity", tmp_path / "said.pt", "--avg_bits", 5, "--output", output)
+    flags += (
+        "--probe",
+        "exact",
+        "--n_imgs",
+        1,
+        "--calls",
+        1,
+        "--sensitivity",
+        tmp_path / "said.pt",
+        "--avg_bits",
+        5,
+        "--output",
+        output,
+    )
     words = ("--methods", "affine-3", "affine-5", "float")
     code, printed = run_here(
         "build_config.py", *flags, *words, "--fix", "proj_out_1=float", "--min_bits", "transformer_blocks.0=4"
@@ -45,5 +58,5 @@ def test_words_are_added_searched_and_held(tmp_path, monkeypatch):
     code, printed = run_here("build_config.py", *flags, *words, "--max_bops", 1e-4)
     assert code == 2 and "--max_bops: the smallest configuration of dit has" in printed and printed.count("\n") == 1
     code, printed = run_here("build_config.py", *flags)
-    assert code == 2 and "was measured with methods affine-3 affine-5 float, not None" in printed
+    assert code == 2 and "was measured with methods affine-3 affine-5 float, not mse-4" in printed
     assert spaces.NAMES == ("mse-4", "mse-3", "kmeans-4", "kmeans-3", "kmeans_all-4", "kmeans_all-3")
