@@ -246,4 +246,4 @@ def rows_of(arguments, lengths, count, indices):
         return type(arguments)(rows_of(value, length, count, indices) for value, length in pairs)
     if not isinstance(arguments, torch.Tensor) or _length(arguments) == lengths:
         return arguments
-    return arguments.unflatten(0, (lengths, count))[:, indices.start : indices.stop].flatten(0, 1)
+    return arguments.unflatten(0, (lengths, count))[:, indices.start : indices.stop].flatten(0, 1).contiguous()

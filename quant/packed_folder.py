@@ -101,7 +101,7 @@ def _read_configuration(path):
     """The checked `Qua2SeDiMoConfig` of a file."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise InputError(f"{path}: cannot be read ({first_line(reason)})") from None
     if not isinstance(told, dict) or told.get("quant_method") != "qua2sedimo":
         raise InputError(f"{path}: is not of a module that was packed")

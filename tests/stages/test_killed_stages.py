@@ -75,6 +75,7 @@ def quantizing(folder, pipeline):
         "--prompt",
         "a seven",
     )
+    flags += ("--overwrite",)  # a kill may come when the output is whole
     flags += ("--call", "max_sequence_length=16", "use_resolution_binning=false", "clean_caption=false")
     return "quantize.py", flags, lambda: weights_of(folder / "out")
 
