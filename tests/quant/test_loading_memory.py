@@ -15,4 +15,5 @@ def test_new_memory_is_a_twentieth_of_half_precision(tmp_path):
     assert 2e8 < half < 4e8
     assert 0.25 * half < figures["packed_weight_bytes"] < figures["file_bytes"] < 0.28 * half
     assert figures["new_bytes"] < 0.05 * half
-    assert figures["peak_bytes_with_mapped"] < 0.15 * half  # and what of the file is read to check it
+    # The whole file is read to compare digests: its pages are mapped, and the system may take them back.
+    assert figures["peak_bytes_with_mapped"] < figures["file_bytes"] + 0.1 * half
