@@ -43,12 +43,17 @@ ONE = uint64(1)  # unsigned indices spare each array access the test for a negat
 BACK = uint64(6)  # where the search for a boundary's successors starts, before the end of the last ones
 
 
-def fit_sorted(rows, sizes):
-    """Optimal centroids of ascending rows (numpy [C, n]) for each of `sizes`: [[C, k], ...], float64."""
+def fit_sorted(rows, sizes, masses=None):
+    """Optimal centroids of ascending rows (numpy [C, n]) for each of `sizes`: [[C, k], ...], float64.
+
+    `masses` [C, n] weigh the squared errors; None: one each.
+    """
     expect("rows", rows, (None, None), np.float32, np.float64)
+    if masses is not None:
+        expect("masses", masses, rows.shape, np.float64)
     _check_sizes(rows.shape[1], sizes)
     out = np.empty((len(rows), sum(sizes)))
-    run(_fit_rows, rows, np.array(sizes), out)
+    run(_fit_rows, rows, masses, np.array(sizes), out)
     return [torch.from_numpy(table) for table in np.split(out, np.cumsum(sizes)[:-1], axis=1)]
 
 
@@ -93,15 +98,19 @@ def _count(bits, counts):
 
 
 @kernel(parallel=True, nogil=True, error_model="numpy")
-def _fit_rows(rows, sizes, out):
-    """Centroids of each ascending row of `rows` [R, n], for each size in turn: out [R, sum(sizes)]."""
+def _fit_rows(rows, masses, sizes, out):
+    """Centroids of each ascending row of `rows` [R, n] with `masses` [R, n] (None: one each), for each size in turn.
+
+    out [R, sum(sizes)].
+    """
     count, n = rows.shape
     for task in prange((count + ROWS_PER_TASK - 1) // ROWS_PER_TASK):
         factors = np.full(len(sizes), PENALTY)
         x, mass, moment = np.empty(n), np.empty(n + 1), np.empty(n + 1)
         cost, start = np.empty(n + 1), np.empty(n + 1, np.uint32)
         for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, count)):
-            told = _prefix_sums(rows[row], None, x, mass, moment)
+            own_masses = None if masses is None else masses[row]
+            told = _prefix_sums(rows[row], own_masses, x, mass, moment)
             m, offset = told[0], 0
             sums = x[:m], mass[: m + 1], moment[: m + 1]
             for s in range(len(sizes)):
