@@ -29,16 +29,19 @@ def of_uaq(rows, scale, zero_point, bits):
     levels = uaq.dequantize(codes, scale, zero_point).float().numpy()
     zeros = zero_point.to(scale.dtype).float().numpy()
     out = np.empty(len(rows))
-    run(_of_uaq, rows, scale.float().numpy(), zeros, np.uint32(DROPPED_BITS[scale.dtype]), levels, out)
+    run(_of_steps, rows, scale.float().numpy(), zeros, False, np.uint32(DROPPED_BITS[scale.dtype]), levels, out)
     return float(out.sum())
 
 
 def of_affine(rows, scale, offset, bits):
     """The same under affine quantization."""
+    expect("rows", rows, (None, None), np.float32)
+    expect("scale", scale.contiguous(), (len(rows),), *DROPPED_BITS)
+    expect("offset", offset.contiguous(), (len(rows),), *DROPPED_BITS)
     codes = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows), -1)
     levels = affine.dequantize(codes, scale, offset).float().numpy()
     out = np.empty(len(rows))
-    run(_of_affine, rows, scale.float().numpy(), offset.float().numpy(), levels, out)
+    run(_of_steps, rows, scale.float().numpy(), offset.float().numpy(), True, np.uint32(0), levels, out)
     return float(out.sum())
 
 
@@ -53,7 +56,8 @@ def of_kmeans(rows, centroids):
 
 
 @kernel(parallel=True, nogil=True, error_model="numpy")
-def _of_uaq(rows, scales, zero_points, dropped, levels, out):
+def _of_steps(rows, scales, shifts, are_offsets, dropped, levels, out):
+    """Under steps of `scales` [C] from `shifts` [C], which are offsets or zero points."""
     for channel in prange(len(rows)):
         row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
         at = 0
@@ -61,24 +65,7 @@ def _of_uaq(rows, scales, zero_points, dropped, levels, out):
             low, high = at, len(row)
             while low < high:
                 middle = (low + high) // 2
-                if _code(row[middle], scales[channel], zero_points[channel], dropped) >= code:
-                    high = middle
-                else:
-                    low = middle + 1
-            starts[code] = at = low
-        out[channel] = _error(row, starts, levels[channel])
-
-
-@kernel(parallel=True, nogil=True, error_model="numpy")
-def _of_affine(rows, scales, offsets, levels, out):
-    for channel in prange(len(rows)):
-        row, starts = rows[channel], np.zeros(levels.shape[1] + 1, np.int64)
-        at = 0
-        for code in range(1, levels.shape[1]):
-            low, high = at, len(row)
-            while low < high:
-                middle = (low + high) // 2
-                if np.rint((row[middle] - offsets[channel]) / scales[channel]) >= code:
+                if _step(row[middle], scales[channel], shifts[channel], are_offsets, dropped) >= code:
                     high = middle
                 else:
                     low = middle + 1
@@ -103,6 +90,12 @@ def _error(row, starts, levels):
         for i in range(starts[c], starts[c + 1]):
             differences[i] = abs(row[i] - levels[c])
     return sum_of_powers(differences) / np.float32(len(row))
+
+
+@kernel(error_model="numpy")
+def _step(weight, scale, shift, is_offset, dropped):
+    """The code of a weight, not clipped: round((w - offset) / scale), or UAQ's."""
+    return np.rint((weight - shift) / scale) if is_offset else _code(weight, scale, shift, dropped)
 
 
 @kernel(error_model="numpy")
